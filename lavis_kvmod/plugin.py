@@ -1,0 +1,108 @@
+"""All that reaches into LAVIS from outside, in one place.
+
+:func:`activate` is called by the post-import hook (``_hook.py``) once LAVIS has been imported. It
+adds our classes to LAVIS's registry and mends the three places that would not see them otherwise.
+"""
+
+import functools
+import sys
+from importlib import import_module
+
+# What is registered: (kind in LAVIS's registry, name in a YAML file, module, class).
+_REGISTERED = (
+    ("model", "blip2_opt_kvmod", "lavis_kvmod.models.blip2_opt_kvmod", "Blip2OPTKVMod"),
+    ("runner", "runner_kvmod", "lavis_kvmod.runners.runner_kvmod", "RunnerKVMod"),
+    ("task", "kvmod_vqa", "lavis_kvmod.tasks.vqa", "KVModVQATask"),
+    ("task", "kvmod_captioning", "lavis_kvmod.tasks.captioning", "KVModCaptionTask"),
+    ("builder", "digits_vqa", "lavis_kvmod.datasets.digits", "DigitsVQABuilder"),
+    ("builder", "digits_caption", "lavis_kvmod.datasets.digits", "DigitsCaptionBuilder"),
+)
+
+
+def activate():
+    """Make LAVIS know our classes. Calling it again changes nothing.
+
+    All classes are imported, and all names found free, before the first is registered: a failure
+    leaves LAVIS as it was.
+
+    Raises:
+        KeyError: a name is taken by another class.
+    """
+    classes = [(kind, name, getattr(import_module(module), cls)) for kind, name, module, cls in _REGISTERED]
+    for kind, name, cls in [row for row in classes if not _is_registered(*row)]:
+        getattr(_registry(), f"register_{kind}")(name)(cls)
+    _refresh_zoos()
+    _wrap_loaders()
+
+
+def set_registry_path(name, value):
+    """Set a path in LAVIS's registry, whether or not it is set already.
+
+    LAVIS's own ``register_path`` refuses a second value, so that two runs in one process could not
+    write to different folders.
+    """
+    _registry().mapping["paths"][name] = str(value)
+
+
+def _registry():
+    from lavis.common.registry import registry
+
+    return registry
+
+
+def _is_registered(kind, name, cls):
+    known = _registry().mapping[f"{kind}_name_mapping"].get(name)
+    if known not in (None, cls):
+        raise KeyError(
+            f"expected the {kind} name {name!r} to be free for {_full_name(cls)}, got one that "
+            f"{_full_name(known)} has taken; register that class under another name"
+        )
+    return known is cls
+
+
+def _full_name(cls):
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _refresh_zoos():
+    """Have LAVIS list its models and data sets anew: it did so once, before ours were there."""
+    from lavis.datasets.builders import dataset_zoo
+    from lavis.models import model_zoo
+
+    for zoo in (model_zoo, dataset_zoo):
+        zoo.__init__()  # in place, because others hold the same object
+
+
+def _wrap_loaders():
+    """Let `model_type` be left out where a model class has a default, and name unknown models."""
+    import lavis.models
+
+    for name in ("load_model", "load_model_and_preprocess"):
+        load = getattr(lavis.models, name)
+        if hasattr(load, "_wrapped_by_kvmod"):
+            continue
+        wrapper = _with_default_model_type(load)
+        for module_name, module in list(sys.modules.items()):
+            # `from lavis.models import *` has left copies elsewhere in LAVIS.
+            if module_name.split(".")[0] == "lavis" and getattr(module, name, None) is load:
+                setattr(module, name, wrapper)
+
+
+def _with_default_model_type(load):
+    @functools.wraps(load)
+    def wrapper(name, *args, **kwargs):
+        default = getattr(_model_class(name), "default_model_type", None)
+        if default is not None and not args and kwargs.get("model_type") is None:
+            kwargs["model_type"] = default
+        return load(name, *args, **kwargs)
+
+    wrapper._wrapped_by_kvmod = True
+    return wrapper
+
+
+def _model_class(name):
+    cls = _registry().get_model_class(name)
+    if cls is None:
+        known = ", ".join(_registry().list_models())
+        raise ValueError(f"expected the name of a model, one of {known}; got {name!r}")
+    return cls

@@ -1,0 +1,136 @@
+"""Where weight files come from: a local path, a file already in the download cache, or a download.
+
+Nothing here opens a file (see `lavis_kvmod.checkpoints`).
+"""
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Callable, Iterable, List, Optional
+from urllib.error import HTTPError
+from urllib.parse import urlparse
+from urllib.request import Request, urlopen
+
+from lavis.common.utils import is_url
+
+REACH_TIMEOUT_S = 5
+
+
+class MissingWeightsError(FileNotFoundError):
+    """Weights that are neither on disk nor to be downloaded: which, from where, and the key that takes a path."""
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file (or Hugging Face folder) of weights.
+
+    Attributes:
+        part: what it is for, in the user's words.
+        source: local path, URL, or the name of a Hugging Face repository; None if nothing is known.
+        key: the config key that takes a local path.
+        is_hf_folder: the source is a Hugging Face folder or repository name.
+        build: makes the file on this machine, in place of a source (the demo's parts are trained on first use).
+    """
+
+    part: str
+    source: Optional[str]
+    key: str
+    is_hf_folder: bool = False
+    build: Optional[Callable[[], Path]] = None
+
+    def local_path(self) -> Optional[Path]:
+        """The file on this machine, or None if it would have to be downloaded or does not exist."""
+        if not self.source:
+            return None
+        path = Path(self.source).expanduser()
+        if path.exists():
+            return path
+        if self.is_hf_folder:
+            return _hf_cached(self.source)
+        if is_url(self.source):
+            cached = _url_cache_path(self.source)
+            return cached if cached.is_file() else None
+        return None
+
+    def problem(self) -> Optional[str]:
+        """Why this cannot be had, or None. Asks the network only for what is not on disk."""
+        if self.build is not None or self.local_path() is not None:
+            return None
+        remedy = f"set {self.key} to a local {'folder' if self.is_hf_folder else 'file'}"
+        if not self.source:
+            return f"{self.part}: no weights known for it; {remedy}"
+        if self._is_remote():
+            url = f"https://huggingface.co/{self.source}" if self.is_hf_folder else self.source
+            if _reachable(url):
+                return None
+            return f"{self.part}: {url} is not in the download cache and cannot be reached; {remedy}"
+        return f"{self.part}: no such {'folder' if self.is_hf_folder else 'file'} {self.source}; {remedy}"
+
+    def _is_remote(self) -> bool:
+        if self.is_hf_folder:
+            # "owner/name" names a repository; anything that looks more like a path is meant as one.
+            return self.source.count("/") == 1 and not self.source.startswith((".", "/", "~"))
+        return is_url(self.source)
+
+    def fetch(self) -> Path:
+        """The local path, after building or downloading if need be (rank 0 downloads, the others wait).
+
+        A Hugging Face repository that is not cached is returned by name, for ``from_pretrained`` to download.
+
+        Raises:
+            MissingWeightsError: if it can be had neither way.
+        """
+        if self.build is not None:
+            return self.build()
+        path = self.local_path()
+        if path is not None:
+            return path
+        require([self])
+        if self.is_hf_folder:
+            return Path(self.source)
+        from lavis.common.dist_utils import download_cached_file
+
+        try:
+            return Path(download_cached_file(self.source, check_hash=False, progress=True))
+        except OSError as error:
+            raise MissingWeightsError(
+                f"{self.part}: downloading {self.source} failed ({error}); set {self.key} to a local file"
+            ) from error
+
+
+def require(files: Iterable[WeightFile]) -> None:
+    """Raise one `MissingWeightsError` that lists all weights which cannot be had."""
+    problems: List[str] = [problem for file in files for problem in [file.problem()] if problem]
+    if problems:
+        raise MissingWeightsError("missing weights:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _url_cache_path(url: str) -> Path:
+    from timm.models.hub import get_cache_dir
+
+    return Path(get_cache_dir()) / os.path.basename(urlparse(url).path)
+
+
+def _hf_cached(repo: str) -> Optional[Path]:
+    from transformers.utils.hub import cached_file
+
+    for weights in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        try:
+            return Path(cached_file(repo, weights, local_files_only=True)).parent
+        except (OSError, ValueError):  # not in the cache; not a valid repository name
+            continue
+    return None
+
+
+@lru_cache(maxsize=None)
+def _reachable(url: str) -> bool:
+    if os.environ.get("HF_HUB_OFFLINE") == "1" or os.environ.get("TRANSFORMERS_OFFLINE") == "1":
+        return False
+    try:
+        urlopen(Request(url, method="HEAD"), timeout=REACH_TIMEOUT_S).close()
+        return True
+    except HTTPError as error:
+        return error.code not in (404, 410)
+    except OSError:
+        return False
