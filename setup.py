@@ -1,5 +1,6 @@
 """Packaging of lavis-kvmod. What setuptools cannot say in a table is in the command below."""
 
+import compileall
 import re
 import shutil
 from pathlib import Path
@@ -36,6 +37,9 @@ class BuildWithHookAndConfigs(build_py):
             super().run()
             # The wheel being made, which is all that an editable install copies to site-packages.
             self.copy_file(HOOK, self.get_finalized_command("install").install_lib)
+            # The hook runs at every start, where Python may not be allowed to write bytecode (pip
+            # compiles what it installs, but not this), and compiling costs more than all the rest.
+            compileall.compile_dir("lavis_kvmod", maxlevels=0, quiet=1)
             return
         package = Path(self.build_lib, "lavis_kvmod")
         shutil.rmtree(package, ignore_errors=True)  # leftovers of an earlier build are not shipped
@@ -66,14 +70,17 @@ setup(
     install_requires=[
         "salesforce-lavis==1.0.2",
         "numpy<2",  # LAVIS's opencv-python-headless 4.5.5.64 was built for NumPy 1
-        "torch>=2.1",
+        "torch>=2.4",
         "torchvision",
         "efficientnet_pytorch==0.7.1",
         "filelock",
         "omegaconf",
         "pillow",
         "safetensors",
+        "timm",  # LAVIS pins the versions of timm, transformers and so of tokenizers
+        "tokenizers",
         "tqdm",
+        "transformers",
     ],
     extras_require={"demo": DEMO, "dev": DEMO + DEV},
 )

@@ -6,9 +6,10 @@ never leaves a half-written file where a good one was.
 
 import os
 import pickle
+import re
 from pathlib import Path
-from typing import Any, Dict, Iterable, NamedTuple, Union
-from zipfile import BadZipFile
+from typing import Any, Dict, Iterable, NamedTuple, Optional, Union
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -52,14 +53,39 @@ def read(path: PathLike) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            raise CheckpointError(
-                f"{path} carries code besides tensors, so it was not opened; save it again with tensors and plain "
-                f"Python values only ({_first_line(error)})"
-            ) from error
-        raise CheckpointError(_unreadable(path, error)) from error
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is None:
+            raise CheckpointError(_unreadable(path, error)) from error
+        raise CheckpointError(
+            f"{path} carries code besides tensors ({code[1]}), so it was not opened; save it again with tensors and "
+            "plain Python values only"
+        ) from error
     except (RuntimeError, EOFError, BadZipFile, KeyError, ValueError) as error:
         raise CheckpointError(_unreadable(path, error)) from error
+
+
+def quick_problem(path: PathLike) -> Optional[str]:
+    """What would keep `read` from reading ``path``, found without reading its tensors; None if nothing is seen."""
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                safe_open(str(path), framework="pt")
+            except SafetensorError as error:
+                return _unreadable(path, error)
+            return None
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start == b"\x80\x02":  # PyTorch's format before 1.6: only reading all of it tells more
+            return None
+        with ZipFile(path):  # the table of contents stands at the end, so a truncated file has none
+            return None
+    except PermissionError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    except (BadZipFile, OSError) as error:
+        return _unreadable(path, error)
 
 
 def _unreadable(path: Path, error: Exception) -> str:

@@ -1,0 +1,37 @@
+"""The command line: ``lavis-kvmod COMMAND``, for everything LAVIS has no name for."""
+
+import argparse
+import sys
+from importlib import import_module
+
+from lavis_kvmod import __version__, _hook
+
+# command -> (module with `add_arguments(parser)` and `main(args)`, what it does)
+_COMMANDS = {
+    "demo": (
+        "lavis_kvmod.demo.run",
+        "train on scanned digits with and without KV modulation, and compare (CPU, minutes)",
+    ),
+}
+
+
+def main(argv=None):
+    """Run one command, and return its exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="lavis-kvmod",
+        description="KV modulation for LAVIS. Training and evaluation are LAVIS's commands: "
+        "python -m lavis.train, python -m lavis.evaluate.",
+    )
+    parser.add_argument("--version", action="version", version=f"lavis-kvmod {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    for name, (module_name, text) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if argv[:1] == [name]:  # a command's module is imported only to be run or to be explained
+            module = import_module(module_name)
+            module.add_arguments(command)
+            command.set_defaults(run=module.main)
+    args = parser.parse_args(argv)
+    if _hook.disabled():
+        parser.error("this command needs the plugin: unset LAVIS_KVMOD_DISABLE")
+    return args.run(args) or 0

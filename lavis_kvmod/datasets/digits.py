@@ -1,0 +1,203 @@
+"""``digits_vqa`` and ``digits_caption``: the demo's handwriting as LAVIS data sets. Nothing is downloaded.
+
+A sample carries an ``image_key``, a promise that equal keys mean equal pixels: a model may then remember what its
+frozen encoders said of the image. Where the image processor is random there is no such promise, and no key.
+"""
+
+from functools import lru_cache
+from typing import Any, Callable, Dict, List, Sequence
+
+import numpy as np
+from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+from lavis.datasets.datasets.base_dataset import BaseDataset
+from lavis.datasets.datasets.vqa_datasets import VQADataset
+from lavis.processors.blip_processors import BlipImageEvalProcessor
+from PIL import Image
+
+from lavis_kvmod.demo import digits
+from lavis_kvmod.paths import resource
+
+__all__ = [
+    "DigitsCaptionBuilder",
+    "DigitsCaptionDataset",
+    "DigitsCaptionEvalDataset",
+    "DigitsVQABuilder",
+    "DigitsVQADataset",
+    "DigitsVQAEvalDataset",
+]
+
+
+class _Digits(BaseDataset):
+    """What the four data sets share: one split's scans, and an ``annotation`` whose entries name theirs.
+
+    Args:
+        vis_processor, text_processor: LAVIS processors.
+        split: see `lavis_kvmod.demo.digits.load_scans`, as are the errors raised.
+    """
+
+    def __init__(self, vis_processor: Callable, text_processor: Callable, split: str):
+        super().__init__(vis_processor, text_processor, None, [])  # no files
+        self.scans = digits.load_scans(split)
+        self.annotation = [
+            {"image_id": f"{scan.index:04d}", **entry, "scan": row}
+            for row, scan in enumerate(self.scans)
+            for entry in self._entries(scan)
+        ]
+        self._add_instance_ids()
+        self._pictures = _pictures(split)
+
+    def _entries(self, scan: digits.Scan) -> List[Dict[str, Any]]:
+        """The annotations of one scan."""
+        raise NotImplementedError
+
+    def _image(self, annotation: Dict[str, Any]) -> Dict[str, Any]:
+        """``image``, and ``image_key`` where the processor gives the same pixels every time."""
+        row = annotation["scan"]
+        sample = {"image": self.vis_processor(Image.fromarray(self._pictures[row]))}
+        if isinstance(self.vis_processor, BlipImageEvalProcessor):
+            sample["image_key"] = self.scans[row].key
+        return sample
+
+
+class _DigitsVQA(_Digits):
+    """Four questions for each scan."""
+
+    def _entries(self, scan: digits.Scan) -> List[Dict[str, Any]]:
+        return [
+            {
+                "question_id": f"{scan.index:04d}-{question.type}",
+                "question": question.question,
+                "question_type": question.type,
+                "answer": [question.answer],
+            }
+            for question in digits.questions(scan)
+        ]
+
+
+class DigitsVQADataset(_DigitsVQA, VQADataset):
+    """Questions with their answers, for training; batches are LAVIS's VQA batches."""
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        """``image`` (3, H, W), ``text_input``, ``answers`` and their ``weights``, ``image_key``."""
+        annotation = self.annotation[index]
+        return {
+            **self._image(annotation),
+            "text_input": self.text_processor(annotation["question"]),
+            "answers": annotation["answer"],
+            "weights": [1.0],
+        }
+
+    def collater(self, samples: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+        """LAVIS's batch (``image``, ``text_input``, ``answer``, ``weight``, ``n_answers``), and ``image_key``."""
+        batch = super().collater(samples)
+        if all("image_key" in sample for sample in samples):
+            batch["image_key"] = [sample["image_key"] for sample in samples]
+        return batch
+
+
+class DigitsVQAEvalDataset(_DigitsVQA):
+    """Questions by id; the answers are in ``annotation``.
+
+    Attributes:
+        answer_list: every answer there is, for tasks that rank them.
+    """
+
+    def __init__(self, vis_processor: Callable, text_processor: Callable, split: str):
+        super().__init__(vis_processor, text_processor, split)
+        self.answer_list = [*digits.DIGIT_WORDS, *digits.INKS, *digits.PAPERS, "yes", "no"]
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        """``image`` (3, H, W), ``text_input``, ``question_id``, ``instance_id``, ``image_key``."""
+        annotation = self.annotation[index]
+        return {
+            **self._image(annotation),
+            "text_input": self.text_processor(annotation["question"]),
+            "question_id": annotation["question_id"],
+            "instance_id": annotation["instance_id"],
+        }
+
+
+class _DigitsCaption(_Digits):
+    """One caption for each scan."""
+
+    def _entries(self, scan: digits.Scan) -> List[Dict[str, Any]]:
+        return [{"caption": [digits.caption(scan)]}]
+
+
+class DigitsCaptionDataset(_DigitsCaption):
+    """Scans with their captions, for training."""
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        """``image`` (3, H, W), ``text_input`` (the caption), ``image_id``, ``image_key``."""
+        annotation = self.annotation[index]
+        return {
+            **self._image(annotation),
+            "text_input": self.text_processor(annotation["caption"][0]),
+            "image_id": annotation["image_id"],
+        }
+
+
+class DigitsCaptionEvalDataset(_DigitsCaption):
+    """Scans by id; the captions are in ``annotation``."""
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        """``image`` (3, H, W), ``image_id``, ``instance_id``, ``image_key``."""
+        annotation = self.annotation[index]
+        return {
+            **self._image(annotation),
+            "image_id": annotation["image_id"],
+            "instance_id": annotation["instance_id"],
+        }
+
+
+@lru_cache(maxsize=None)
+def _pictures(split: str) -> np.ndarray:
+    """All scans of a split, rendered: (N, 56, 56, 3), uint8, read-only (17 MB for all three splits)."""
+    pictures = np.stack([np.asarray(digits.render(scan)) for scan in digits.load_scans(split)])
+    pictures.setflags(write=False)
+    return pictures
+
+
+class _DigitsBuilder(BaseDatasetBuilder):
+    """Builds the three splits; see `lavis_kvmod.demo.digits` for what is in them."""
+
+    @classmethod
+    def default_config_path(cls, type: str = "default") -> str:
+        """The absolute path of the configuration of that type.
+
+        Raises:
+            ValueError: for an unknown type.
+        """
+        if type not in cls.DATASET_CONFIG_DICT:
+            known = ", ".join(cls.DATASET_CONFIG_DICT)
+            raise ValueError(f"{cls.__name__}: expected a type of {known}; got {type!r}")
+        return str(resource(cls.DATASET_CONFIG_DICT[type]))
+
+    def _download_data(self) -> None:
+        """Nothing to download: scikit-learn ships the scans."""
+
+    def build(self) -> Dict[str, _Digits]:
+        """``train``, ``val`` and ``test``."""
+        self.build_processors()
+        datasets = {}
+        for split in digits.SPLITS:
+            stage = "train" if split == "train" else "eval"
+            dataset_cls = self.train_dataset_cls if split == "train" else self.eval_dataset_cls
+            datasets[split] = dataset_cls(self.vis_processors[stage], self.text_processors[stage], split)
+        return datasets
+
+
+class DigitsVQABuilder(_DigitsBuilder):
+    """``digits_vqa``: which digit, what ink, what paper, is the digit even."""
+
+    train_dataset_cls = DigitsVQADataset
+    eval_dataset_cls = DigitsVQAEvalDataset
+    DATASET_CONFIG_DICT = {"default": "configs/datasets/digits/defaults_vqa.yaml"}
+
+
+class DigitsCaptionBuilder(_DigitsBuilder):
+    """``digits_caption``: such as "a red seven on yellow paper"."""
+
+    train_dataset_cls = DigitsCaptionDataset
+    eval_dataset_cls = DigitsCaptionEvalDataset
+    DATASET_CONFIG_DICT = {"default": "configs/datasets/digits/defaults_caption.yaml"}

@@ -1,0 +1,176 @@
+"""The demo's frozen parts: built once on this machine, then read from the cache.
+
+Each part is a folder ``<cache>/demo-<hash of the recipe>/<part>`` that appears only when complete: it is built beside
+its place and moved there at the end, under a lock, so that neither an interruption nor a second process leaves
+anything half-made.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+import tempfile
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Callable, Dict, List, Optional
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import save_file
+
+from lavis_kvmod.demo.language import LanguageRecipe, train_language_model
+from lavis_kvmod.demo.vision import VisionRecipe, train_vision_encoder
+from lavis_kvmod.paths import cache_dir
+
+__all__ = ["DEMO", "Recipe", "build_parts", "language_model", "parts_dir", "vision_weights"]
+
+_CODE_VERSION = 1  # raise it when the same recipe would give other weights
+_MANIFEST = "manifest.json"
+_VISION_FILE = "vision.safetensors"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything the parts depend on: geometry, training, seeds."""
+
+    vision: VisionRecipe = field(default_factory=VisionRecipe)
+    language: LanguageRecipe = field(default_factory=LanguageRecipe)
+
+
+DEMO = Recipe()
+
+
+def build_parts(recipe: Recipe = DEMO) -> Path:
+    """Build what is not in the cache yet.
+
+    Returns:
+        The folder that holds both parts.
+
+    Raises:
+        ImportError: without scikit-learn.
+        OSError: if the cache cannot be written.
+    """
+    vision_weights(recipe)
+    language_model(recipe)
+    return parts_dir(recipe)
+
+
+def vision_weights(recipe: Recipe = DEMO) -> Path:
+    """The file with ``visual_encoder.*`` and ``ln_vision.*``, built on first use. Raises as `build_parts`."""
+
+    def build(folder: Path) -> Dict[str, float]:
+        state, accuracy = train_vision_encoder(recipe.vision)
+        save_file({key: value.contiguous() for key, value in state.items()}, folder / _VISION_FILE)
+        return {"val_digit_accuracy": accuracy}
+
+    return _part("vision", recipe, recipe.vision.seed, build) / _VISION_FILE
+
+
+def language_model(recipe: Recipe = DEMO) -> Path:
+    """The Hugging Face folder of model and tokenizer, built on first use. Raises as `build_parts`."""
+
+    def build(folder: Path) -> Dict[str, float]:
+        return {"accuracy": train_language_model(recipe.language, folder)}
+
+    return _part("language", recipe, recipe.language.seed, build)
+
+
+def parts_dir(recipe: Recipe = DEMO) -> Path:
+    """Where the parts of a recipe are cached. Another recipe, or other code, has another folder."""
+    text = json.dumps([_CODE_VERSION, asdict(recipe)], sort_keys=True)
+    return cache_dir() / f"demo-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _part(name: str, recipe: Recipe, seed: int, build: Callable[[Path], Dict[str, float]]) -> Path:
+    """The folder of one part; ``build`` fills an empty folder and returns what it measured."""
+    folder = parts_dir(recipe) / name
+    if _damage(folder) is None:  # before anything is written: a finished cache may be read-only
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_name(f"{name}.lock"), name):
+            damage = _damage(folder)  # again: another process may have built it meanwhile
+            if damage is None:
+                return folder
+            if folder.exists():
+                logging.warning("the demo's %s part is damaged (%s): building it anew", name, damage)
+            _remove_leftovers(folder)
+            _build(folder, recipe, seed, build)
+    except OSError as error:
+        raise OSError(
+            f"cannot build the demo's {name} part in {folder.parent} ({error}); "
+            "set LAVIS_KVMOD_CACHE to a folder that can be written"
+        ) from error
+    return folder
+
+
+def _build(folder: Path, recipe: Recipe, seed: int, build) -> None:
+    # At this level so that it is seen after a mere `load_model` too: what follows takes a minute or two.
+    logging.warning("demo: pre-training its %s part, once; it is kept in %s", folder.name, folder)
+    made = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    try:
+        with _own_randomness(seed), torch.enable_grad():
+            measured = build(made)
+        logging.info("demo: %s part built: %s", folder.name, measured)
+        files = {file.name: _digest(file) for file in sorted(made.iterdir())}
+        manifest = {"recipe": asdict(recipe), "measured": measured, "sha256": files}
+        (made / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        made.chmod(0o755)  # mkdtemp lets nobody else in, but a cache may be shared
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(made, folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What killed builds left. The caller holds the lock, so nobody is building there now."""
+    for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _damage(folder: Path) -> Optional[str]:
+    """What is wrong with a part's folder, or None."""
+    try:
+        expected = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        wrong: List[str] = [n for n, digest in expected.items() if _digest(folder / n) != digest]
+    except (OSError, ValueError, KeyError) as error:
+        return str(error)
+    return f"changed: {', '.join(wrong)}" if wrong else None
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@contextmanager
+def _locked(path: Path, name: str):
+    lock = FileLock(str(path))
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        logging.info("demo: another process builds the %s part; waiting for it", name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _own_randomness(seed: int):
+    """Seed the global generators for a build, and leave the caller's as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)  # LAVIS's OPT draws from it, for its layer drop
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,81 @@
+"""One process or many: every collective here is a no-op without a process group."""
+
+import datetime
+import os
+from typing import Any, List, Mapping, Optional
+
+import torch
+import torch.distributed as dist
+from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized
+
+
+def backend_for(device_type: str) -> str:
+    """NCCL between GPUs, gloo between CPU processes."""
+    return "nccl" if device_type == "cuda" else "gloo"
+
+
+def launched_rank(env: Mapping[str, str]) -> Optional[int]:
+    """This process's rank if ``torchrun`` started it, else None."""
+    return int(env["RANK"]) if "RANK" in env and "WORLD_SIZE" in env else None
+
+
+def init_distributed(run_cfg) -> None:
+    """Join the process group ``torchrun`` describes, and set ``distributed``, ``rank``, ``gpu`` and ``world_size``.
+
+    Without ``torchrun`` this is a single process, whatever ``run.distributed`` says, as in LAVIS.
+    """
+    rank = launched_rank(os.environ)
+    run_cfg.distributed = rank is not None
+    if rank is None:
+        return
+    run_cfg.rank = rank
+    run_cfg.world_size = int(os.environ["WORLD_SIZE"])
+    run_cfg.gpu = int(os.environ.get("LOCAL_RANK", 0))
+    device_type = torch.device(run_cfg.device).type
+    if device_type == "cuda":
+        torch.cuda.set_device(run_cfg.gpu)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend_for(device_type),
+            init_method=run_cfg.get("dist_url", "env://"),
+            rank=rank,
+            world_size=run_cfg.world_size,
+            # rank 0 may download weights while the others wait
+            timeout=datetime.timedelta(hours=2),
+        )
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_dist_avail_and_initialized():
+        dist.barrier()
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's ``value``, on every rank."""
+    if not is_dist_avail_and_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(rows: List[Any]) -> List[Any]:
+    """The rows of all ranks, in rank order, on every rank."""
+    if not is_dist_avail_and_initialized():
+        return rows
+    parts: List[Any] = [None] * get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+__all__ = [
+    "backend_for",
+    "barrier",
+    "from_main",
+    "gather",
+    "get_rank",
+    "get_world_size",
+    "init_distributed",
+    "launched_rank",
+]

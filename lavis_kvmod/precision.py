@@ -1,0 +1,39 @@
+"""Which dtype a run computes in, and whether it needs a gradient scaler: decisions, apart from the hardware.
+
+``run.amp`` is LAVIS's switch, with a choice added: ``true`` or ``fp16`` (with a GradScaler), ``bf16`` (without one),
+``false``. Parameters that are trained are float32 in every case.
+"""
+
+from typing import List, Optional
+
+import torch
+
+AMP_VALUES = (True, False, "fp16", "bf16")
+
+
+def amp_dtype(amp, device_type: str) -> Optional[torch.dtype]:
+    """The autocast dtype of a run, or None for none.
+
+    LAVIS's ``amp: true`` means fp16 on a GPU; on the CPU, where fp16 has no fast kernels, it means nothing.
+    """
+    if amp in (False, None):
+        return None
+    if amp == "bf16":
+        return torch.bfloat16
+    return torch.float16 if device_type == "cuda" else None
+
+
+def needs_grad_scaler(amp, device_type: str) -> bool:
+    """Only fp16 gradients underflow; bf16 has float32's range."""
+    return amp_dtype(amp, device_type) is torch.float16
+
+
+def amp_problems(amp, device_type: str, cuda_has_bf16: bool = True) -> List[str]:
+    """What is wrong with ``run.amp`` for this device."""
+    if amp not in AMP_VALUES and amp is not None:
+        return [f"run.amp: expected true, false, fp16 or bf16; got {amp!r}"]
+    if amp == "fp16" and device_type == "cpu":
+        return ["run.amp: fp16 needs a GPU; use bf16 or false on the CPU"]
+    if amp == "bf16" and device_type == "cuda" and not cuda_has_bf16:
+        return ["run.amp: this GPU has no bf16 (it needs compute capability 8.0); use fp16"]
+    return []

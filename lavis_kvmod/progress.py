@@ -1,0 +1,66 @@
+"""Progress of long work: a bar on a terminal, plain lines in a log."""
+
+import logging
+import sys
+import time
+from typing import Iterable, Iterator, Optional
+
+from lavis.common.dist_utils import is_main_process
+from tqdm import tqdm
+
+
+class Progress:
+    """Iterate with a bar if a person is watching, else with a log line every ``log_every`` items.
+
+    Args:
+        iterable: anything with a length.
+        title: what is going on.
+        log_every: log lines' distance, where there is no terminal.
+    """
+
+    def __init__(self, iterable: Iterable, title: str, log_every: int = 50):
+        self._iterable = iterable
+        self._title = title
+        self._log_every = log_every
+        self._status = ""
+        self._bar: Optional[tqdm] = None
+
+    def status(self, text: str) -> None:
+        """Show ``text`` (such as the loss) beside the progress."""
+        self._status = text
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+
+    def __iter__(self) -> Iterator:
+        if not is_main_process():
+            yield from self._iterable
+        elif sys.stderr.isatty():
+            # A bar must not share its line with log records.
+            self._bar = tqdm(self._iterable, desc=self._title, leave=False, dynamic_ncols=True)
+            yield from self._bar
+        else:
+            yield from self._logged()
+
+    def _logged(self) -> Iterator:
+        total, start = len(self._iterable), time.monotonic()
+        for i, item in enumerate(self._iterable, start=1):
+            yield item
+            if i % self._log_every == 0 or i == total:
+                left = (time.monotonic() - start) / i * (total - i)
+                logging.info("%s [%d/%d] %s eta %s", self._title, i, total, self._status, _clock(left))
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def resident_peak_gib() -> float:
+    """The most memory this process has held so far, in GiB (0 where the system does not tell)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

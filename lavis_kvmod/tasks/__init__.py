@@ -1,0 +1,1 @@
+"""What a batch is trained on, and how answers and captions are scored."""

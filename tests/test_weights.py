@@ -1,0 +1,46 @@
+import pytest
+
+from lavis_kvmod import weights
+from lavis_kvmod.weights import MissingWeightsError, WeightFile
+
+URL = "https://127.0.0.1:9/never/there.pth"
+
+
+def test_all_that_is_missing_is_told_at_once(tmp_path):
+    there = tmp_path / "there.pth"
+    there.write_bytes(b"x")
+    files = [
+        WeightFile("image encoder", str(there), "model.vit_checkpoint"),
+        WeightFile("checkpoint", "/nowhere/a.pth", "model.pretrained"),
+        WeightFile("auxiliary encoder", URL, "model.aux_checkpoint"),
+        WeightFile("language model", "./no-folder", "model.opt_model", is_hf_folder=True),
+    ]
+    with pytest.raises(MissingWeightsError) as caught:
+        weights.require(files)
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.strip(" -").split(":")[0] for line in lines] == [
+        "checkpoint",
+        "auxiliary encoder",
+        "language model",
+    ]
+    assert "no such file /nowhere/a.pth; set model.pretrained to a local file" in lines[0]
+    assert f"{URL} is not in the download cache and cannot be reached; set model.aux_checkpoint" in lines[1]
+    assert "no such folder ./no-folder; set model.opt_model to a local folder" in lines[2]
+
+
+def test_what_is_in_the_download_cache_needs_no_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub" / "checkpoints" / "there.pth"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"x")
+    file = WeightFile("checkpoint", URL, "model.pretrained")
+    assert file.problem() is None
+    assert file.fetch() == cached
+
+
+def test_offline_is_offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    weights._reachable.cache_clear()
+    file = WeightFile("language model", "owner/name", "model.opt_model", is_hf_folder=True)
+    assert "https://huggingface.co/owner/name is not in the download cache" in file.problem()
+    weights._reachable.cache_clear()
