@@ -1,0 +1,58 @@
+"""What the pages tell a newcomer to type exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lavis_kvmod.models.blip2_opt_kvmod import Blip2OPTKVMod
+from lavis_kvmod.models.settings import ModelSettings
+from lavis_kvmod.paths import resolve_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+CODE = "\n".join(re.findall(r"```(?:bash|python)\n(.*?)```", TEXT, re.DOTALL)) + "\n".join(
+    re.findall(r"`([^`\n]+)`", TEXT)
+)
+
+
+def found(pattern):
+    return sorted(set(re.findall(pattern, CODE)))
+
+
+@pytest.mark.parametrize("target", found(r"\bmake ([a-z-]+)"))
+def test_make_targets_exist(target):
+    assert re.search(rf"^{target}:.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", found(r"projects/[\w./-]+\.yaml"))
+def test_run_files_exist(path):
+    assert resolve_config(path).is_file()
+
+
+@pytest.mark.parametrize("module", found(r"python -m (lavis\.\w+)"))
+def test_commands_answer(module):
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "--cfg-path" in done.stdout
+
+
+def test_the_pages_name_every_command_and_model_type():
+    assert found(r"python -m (lavis\.\w+)") == ["lavis.evaluate", "lavis.train"]
+    for name in Blip2OPTKVMod.PRETRAINED_MODEL_CONFIG_DICT:
+        assert f"`{name}`" in TEXT
+
+
+def test_every_key_is_documented():
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    undocumented = {"arch", "load_pretrained", "apply_lemmatizer"}
+    for key in set(ModelSettings.__dataclass_fields__) - undocumented:
+        assert f"`{key}`" in page, key
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
