@@ -4,11 +4,12 @@ Loading never runs code from a file (``weights_only`` and safetensors), never ig
 never leaves a half-written file where a good one was.
 """
 
+import json
 import os
 import pickle
 import re
 from pathlib import Path
-from typing import Any, Dict, Iterable, NamedTuple, Optional, Union
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Union
 from zipfile import BadZipFile, ZipFile
 
 import torch
@@ -120,8 +121,49 @@ def _tensors_only(state: Any, path: PathLike) -> StateDict:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def load_weights(module: nn.Module, state: StateDict, *, source: PathLike, may_lack: Iterable[str] = ()) -> LoadReport:
+def read_folder(folder: PathLike, dtype: torch.dtype) -> StateDict:
+    """All tensors of a Hugging Face folder, in ``dtype``: safetensors or ``pytorch_model*.bin``, in shards or whole.
+
+    Each file is converted and let go before the next is read.
+
+    Raises:
+        FileNotFoundError: if there are no weights, or a shard that the index names is missing.
+        CheckpointError: see `read`.
+    """
+    state: StateDict = {}
+    for file in weight_files(Path(folder)):
+        part = _tensors_only(read(file), file)
+        for name in list(part):
+            state[name] = part.pop(name).to(dtype)
+    return state
+
+
+def weight_files(folder: Path) -> List[Path]:
+    """The files of a Hugging Face folder that together hold its weights; raises as `read_folder`."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{stem}.index.json"
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            return [folder / shard for shard in shards]
+        if (folder / stem).is_file():
+            return [folder / stem]
+    raise FileNotFoundError(
+        f"no weights in {folder}: expected model.safetensors or pytorch_model.bin, or the index of their shards"
+    )
+
+
+def load_weights(
+    module: nn.Module,
+    state: StateDict,
+    *,
+    source: PathLike,
+    may_lack: Iterable[str] = (),
+    assign: bool = False,
+) -> LoadReport:
     """Copy ``state`` into ``module``; every key must fit, and only keys in ``may_lack`` may be missing.
+
+    With ``assign`` the module takes the tensors themselves, in its own dtypes: for modules made without memory
+    (`lavis_kvmod.models.empty`). ``state`` is then used up.
 
     Raises:
         CheckpointError: listing the missing and unexpected keys and those of another shape. The module is then
@@ -145,7 +187,10 @@ def load_weights(module: nn.Module, state: StateDict, *, source: PathLike, may_l
         problems.append(_listing("of another shape", reshaped))
     if problems:
         raise CheckpointError(f"{source} does not fit the model:\n" + "\n".join(problems))
-    module.load_state_dict(state, strict=False)
+    if assign:
+        for key in state:  # one by one, so that a tensor and its conversion are held together only once
+            state[key] = state[key].to(own[key].dtype)
+    module.load_state_dict(state, strict=False, assign=assign)
     return LoadReport(missing, [])
 
 

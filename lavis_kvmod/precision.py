@@ -28,6 +28,22 @@ def needs_grad_scaler(amp, device_type: str) -> bool:
     return amp_dtype(amp, device_type) is torch.float16
 
 
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices itself (AVX512-BF16, AMX, or Arm's)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def frozen_dtype_on_cpu(stored: torch.dtype, has_bf16: bool) -> torch.dtype:
+    """How the CPU keeps a frozen weight: half precision as bfloat16 where it can compute in it, else float32.
+
+    LAVIS makes everything float32, which doubles OPT. What is stored in float32 stays so.
+    """
+    if stored in (torch.float16, torch.bfloat16) and has_bf16:
+        return torch.bfloat16
+    return torch.float32
+
+
 def amp_problems(amp, device_type: str, cuda_has_bf16: bool = True) -> List[str]:
     """What is wrong with ``run.amp`` for this device."""
     if amp not in AMP_VALUES and amp is not None:

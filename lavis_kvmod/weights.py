@@ -15,6 +15,12 @@ from urllib.request import Request, urlopen
 from lavis.common.utils import is_url
 
 REACH_TIMEOUT_S = 5
+_HF_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 class MissingWeightsError(FileNotFoundError):
@@ -76,8 +82,6 @@ class WeightFile:
     def fetch(self) -> Path:
         """The local path, after building or downloading if need be (rank 0 downloads, the others wait).
 
-        A Hugging Face repository that is not cached is returned by name, for ``from_pretrained`` to download.
-
         Raises:
             MissingWeightsError: if it can be had neither way.
         """
@@ -87,11 +91,11 @@ class WeightFile:
         if path is not None:
             return path
         require([self])
-        if self.is_hf_folder:
-            return Path(self.source)
         from lavis.common.dist_utils import download_cached_file
 
         try:
+            if self.is_hf_folder:
+                return _download_hf(self.source)
             return Path(download_cached_file(self.source, check_hash=False, progress=True))
         except OSError as error:
             raise MissingWeightsError(
@@ -113,14 +117,31 @@ def _url_cache_path(url: str) -> Path:
 
 
 def _hf_cached(repo: str) -> Optional[Path]:
-    from transformers.utils.hub import cached_file
+    """The snapshot folder of a Hugging Face repository, if its config and weights are in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    for weights in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
-        try:
-            return Path(cached_file(repo, weights, local_files_only=True)).parent
-        except (OSError, ValueError):  # not in the cache; not a valid repository name
-            continue
+    try:
+        weights = [try_to_load_from_cache(repo, name) for name in _HF_WEIGHTS]
+    except HFValidationError:  # a path, not a repository's name
+        return None
+    found = [Path(path) for path in weights if isinstance(path, str)]
+    if found and (found[0].parent / "config.json").is_file():
+        return found[0].parent
     return None
+
+
+def _download_hf(repo: str) -> Path:
+    """Download what PyTorch needs of a repository: rank 0 does, the others wait."""
+    from huggingface_hub import snapshot_download
+    from lavis.common.dist_utils import is_main_process
+
+    from lavis_kvmod.distributed import barrier
+
+    if is_main_process():
+        snapshot_download(repo, allow_patterns=["*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"])
+    barrier()
+    return _hf_cached(repo)
 
 
 @lru_cache(maxsize=None)

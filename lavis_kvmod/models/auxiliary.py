@@ -196,7 +196,7 @@ def auxiliary_weights(name: str, checkpoint: Optional[str] = None) -> WeightFile
 
 
 def build_auxiliary_encoder(
-    name: str, checkpoint: Optional[str] = None, image_size: Optional[int] = None
+    name: str, checkpoint: Optional[str] = None, image_size: Optional[int] = None, load: bool = True
 ) -> AuxiliaryEncoder:
     """Build the frozen auxiliary encoder and load its weights.
 
@@ -204,12 +204,13 @@ def build_auxiliary_encoder(
         name: ``efficientnet-b0`` … ``-b7``, ``efficientnet-lite0`` or ``timm:NAME``.
         checkpoint: path or URL of weights; None takes the encoder's published ImageNet weights.
         image_size: see `AuxiliaryEncoder`.
+        load: False leaves its weights random, and looks for no file.
 
     Raises:
         ValueError: for an unknown encoder, or weights that do not fit (all but the classifier must).
         FileNotFoundError: if the weights can neither be found nor downloaded.
     """
     backbone = _family(name).build(name)
-    file = auxiliary_weights(name, checkpoint).fetch()
-    load_auxiliary_weights(backbone.module, file)
+    if load:
+        load_auxiliary_weights(backbone.module, auxiliary_weights(name, checkpoint).fetch())
     return AuxiliaryEncoder(backbone, image_size)

@@ -12,11 +12,13 @@ from typing import Any, Callable, Mapping, NamedTuple, Optional
 import torch
 from lavis.models import clip_vit, eva_vit
 from lavis.models.blip2_models.blip2 import LayerNorm
-from lavis.models.blip2_models.modeling_opt import OPTForCausalLM
+from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTForCausalLM
 from torch import nn
+from transformers import AutoTokenizer
 
-from lavis_kvmod.checkpoints import CheckpointError, load_weights, read_weights
-from lavis_kvmod.weights import WeightFile
+from lavis_kvmod.checkpoints import CheckpointError, load_weights, read_folder, read_weights
+from lavis_kvmod.models.empty import empty_weights
+from lavis_kvmod.weights import MissingWeightsError, WeightFile
 
 BLIP2_FILES = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -112,21 +114,30 @@ def build_vision_encoder(
     use_grad_checkpoint: bool = False,
     precision: str = "fp16",
     geometry: Mapping[str, Any] = (),
+    load: bool = True,
 ) -> Vision:
     """The ViT with its weights, and ``ln_vision``.
 
     The weight file may hold the bare ViT (LAVIS's EVA file: blocks and heads beyond what BLIP-2 uses are left out),
-    or ``visual_encoder.*`` with ``ln_vision.*``.
+    or ``visual_encoder.*`` with ``ln_vision.*``. Weights of convolutions and linear layers are stored in
+    ``precision``, the others in float32, as LAVIS does for fp16. With ``load=False`` the ViT has no weights (``meta``
+    device) and no file is looked for.
 
     Raises:
         MissingWeightsError, CheckpointError: if the weights cannot be had, or do not fit.
     """
     encoder = VISION_ENCODERS[name]
-    vit = encoder.build(image_size, drop_path_rate, use_grad_checkpoint, **dict(geometry))
+    with empty_weights():
+        vit = encoder.build(image_size, drop_path_rate, use_grad_checkpoint, **dict(geometry))
+    for module in vit.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(DTYPES[precision])
     ln_vision = LayerNorm(vit.num_features)
+    if not load:
+        return Vision(vit, ln_vision, False)
+
     path = vision_weights(name, checkpoint).fetch()
     state = read_weights(path)
-
     norm = {k[len("ln_vision.") :]: v for k, v in state.items() if k.startswith("ln_vision.")}
     if norm:
         load_weights(ln_vision, norm, source=path)
@@ -136,18 +147,8 @@ def build_vision_encoder(
     own = set(vit.state_dict())
     if not own & set(state):
         raise CheckpointError(f"{path} holds no weights of the image encoder {name}")
-    load_weights(vit, {k: v for k, v in state.items() if k in own}, source=path)
-    cast_vision_encoder(vit, precision)
+    load_weights(vit, {k: v for k, v in state.items() if k in own}, source=path, assign=True)
     return Vision(vit, ln_vision, bool(norm))
-
-
-def cast_vision_encoder(vit: nn.Module, precision: str) -> None:
-    """Store the weights of convolutions and linear layers in ``precision``, as LAVIS does for fp16."""
-    if precision == "fp32":
-        return
-    for module in vit.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.to(DTYPES[precision])
 
 
 # ---------------------------------------------------------------- language model
@@ -186,17 +187,54 @@ def language_model_weights(name: str) -> WeightFile:
     )
 
 
-def build_language_model(name: str, *, precision: str = "fp16"):
+# What facebook/opt-NAME's config.json says, for counting parameters where it is not at hand (arXiv 2205.01068).
+_OPT_GEOMETRY = {
+    "facebook/opt-125m": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12),
+    "facebook/opt-1.3b": dict(hidden_size=2048, num_hidden_layers=24, num_attention_heads=32),
+    "facebook/opt-2.7b": dict(hidden_size=2560, num_hidden_layers=32, num_attention_heads=32),
+    "facebook/opt-6.7b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32),
+}
+
+
+def _opt_config(name: str, folder: Optional[Path]) -> OPTConfig:
+    if folder is not None:
+        return OPTConfig.from_pretrained(str(folder))
+    if name not in _OPT_GEOMETRY:
+        raise MissingWeightsError(
+            f"language model: {name} is not on this machine, and its size is only known for {', '.join(_OPT_GEOMETRY)}"
+        )
+    geometry = _OPT_GEOMETRY[name]
+    width = geometry["hidden_size"]
+    return OPTConfig(vocab_size=50272, ffn_dim=4 * width, word_embed_proj_dim=width, **geometry)
+
+
+def build_language_model(name: str, *, precision: str = "fp16", load: bool = True):
     """The frozen OPT and its tokenizer, from a Hugging Face name or folder.
 
+    Weights are read file by file and stored in ``precision`` at once, so that no second copy of the model is held.
+    With ``load=False`` the model has no weights (``meta`` device) and there is no tokenizer.
+
     Returns:
-        (FrozenOPT, tokenizer)
+        (FrozenOPT, tokenizer or None)
 
     Raises:
         MissingWeightsError: if it is neither on disk nor to be downloaded.
+        CheckpointError: if its files are not those of its config.
     """
-    from transformers import AutoTokenizer
+    file = language_model_weights(name)
+    folder = file.fetch() if load else file.local_path()
+    with empty_weights():
+        model = FrozenOPT(_opt_config(name, folder))
+    model.to(DTYPES[precision])
+    model.tie_weights()
+    if not load:
+        return model, None
 
-    folder = str(language_model_weights(name).fetch())
-    tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False)
-    return FrozenOPT.from_pretrained(folder, torch_dtype=DTYPES[precision]), tokenizer
+    state = read_folder(folder, DTYPES[precision])
+    # Meta's own repositories hold the bare decoder; what transformers saves from OPTForCausalLM holds "model." too.
+    state = {k if k.startswith(("model.", "lm_head.")) else f"model.{k}": v for k, v in state.items()}
+    state.pop("model.decoder.version", None)
+    tied = ["lm_head.weight"] if model.config.tie_word_embeddings else []
+    load_weights(model, state, source=folder, may_lack=tied, assign=True)
+    model.tie_weights()
+    return model, AutoTokenizer.from_pretrained(str(folder), use_fast=False)

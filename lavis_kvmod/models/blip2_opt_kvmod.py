@@ -10,6 +10,7 @@ take and give what LAVIS's ``blip2_opt`` does (``lavis/models/blip2_models/blip2
 
 import contextlib
 import logging
+import re
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -25,8 +26,10 @@ from lavis_kvmod.models.backbones import (
     build_language_model,
     build_vision_encoder,
 )
+from lavis_kvmod.models.empty import empty_weights
 from lavis_kvmod.models.feature_cache import FrozenFeatureCache, FrozenFeatures
 from lavis_kvmod.models.kv_prefix import KVPrefix, KVPrefixGenerator
+from lavis_kvmod.models.parts import PartSummary, summarise
 from lavis_kvmod.models.qformer import QFormer, QFormerOutput
 from lavis_kvmod.models.settings import ANSWER_LOSSES, PREFIX_GATES, ModelSettings
 from lavis_kvmod.models.text import (
@@ -39,6 +42,13 @@ from lavis_kvmod.models.text import (
     question_contexts,
 )
 from lavis_kvmod.paths import resource
+from lavis_kvmod.precision import cpu_has_bf16, frozen_dtype_on_cpu
+
+# What stage 1 of BLIP-2 trains beside the Q-Former's query side (lavis/models/blip2_models/blip2_qformer.py).
+_STAGE_1_ONLY = re.compile(
+    r"Qformer\.(cls|bert\.embeddings\.(word|position)_embeddings|bert\.encoder\.layer\.\d+\.(intermediate|output))\."
+    r"|(vision_proj|text_proj|itm_head)\.|temp$"
+)
 
 
 class Encoded(NamedTuple):
@@ -46,15 +56,6 @@ class Encoded(NamedTuple):
 
     query_output: QFormerOutput
     soft_prompt: Tensor
-
-
-class PartSummary(NamedTuple):
-    """One row of the table of parts."""
-
-    part: str
-    parameters: int
-    trained: bool
-    dtype: str
 
 
 class Blip2OPTKVMod(Blip2Base):
@@ -68,7 +69,7 @@ class Blip2OPTKVMod(Blip2Base):
         ln_vision: the LayerNorm BLIP-2 puts behind it.
         qformer: Q-Former over visual tokens of that width.
         num_query_token: how many query tokens, and so soft-prompt vectors.
-        opt_model, opt_tokenizer: the frozen language model.
+        opt_model, opt_tokenizer: the frozen language model (the tokenizer may be None in a model only to be counted).
         kv_prefix, aux_encoder: prefix generator and the encoder it reads; both None for stock BLIP-2.
         prefix_gate: ``none`` concatenates the prefix, ``tanh`` adds it behind a gate that starts at 0.
         prompt: put in front of captions; with ``{}``, the frame of a question.
@@ -140,7 +141,8 @@ class Blip2OPTKVMod(Blip2Base):
             self.kv_gate = None
 
         self.opt_tokenizer = opt_tokenizer
-        self.eos_token_id = opt_tokenizer("\n", add_special_tokens=False).input_ids[0]
+        if opt_tokenizer is not None:  # None only in a model that is there to be counted
+            self.eos_token_id = opt_tokenizer("\n", add_special_tokens=False).input_ids[0]
         self.prompt = prompt
         self.max_txt_len = max_txt_len
         self.answer_loss = answer_loss
@@ -176,25 +178,10 @@ class Blip2OPTKVMod(Blip2Base):
         return self
 
     def parts(self) -> List[PartSummary]:
-        """The model's parts in the figure's order: parameters, trained or frozen, dtype."""
+        """The model's parts in the figure's order: see `PartSummary`."""
         order = ["visual_encoder", "ln_vision", "aux_encoder", "kv_prefix", "kv_gate"]
         order += ["query_tokens", "Qformer", "opt_proj", "opt_model"]
-        rows = []
-        for name in order:
-            part = getattr(self, name)
-            if part is None:
-                continue
-            parameters = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
-            dtypes = sorted({str(p.dtype).replace("torch.", "") for p in parameters})
-            rows.append(
-                PartSummary(
-                    name,
-                    sum(p.numel() for p in parameters),
-                    any(p.requires_grad for p in parameters),
-                    "+".join(dtypes),
-                )
-            )
-        return rows
+        return [summarise(name, getattr(self, name)) for name in order if getattr(self, name) is not None]
 
     # ------------------------------------------------------------ image -> soft prompt
 
@@ -247,10 +234,27 @@ class Blip2OPTKVMod(Blip2Base):
         return [KVPrefix(*of_layer) for of_layer in zip(key, value, gates)]
 
     def maybe_autocast(self, dtype: torch.dtype = torch.float16):
-        """As LAVIS: autocast on a GPU, none on the CPU; a surrounding autocast (the runner's) stays in force."""
-        if self.device.type == "cpu" or torch.is_autocast_enabled(self.device.type):
+        """As LAVIS, autocast on a GPU; on the CPU only if frozen weights are bfloat16, and then in it.
+
+        A surrounding autocast (the runner's) stays in force.
+        """
+        device_type = self.device.type
+        if torch.is_autocast_enabled(device_type):
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=dtype)
+        if device_type == "cpu":
+            if self.opt_model.dtype is not torch.bfloat16:
+                return contextlib.nullcontext()
+            dtype = torch.bfloat16
+        return torch.autocast(device_type, dtype=dtype)
+
+    def float(self) -> "Blip2OPTKVMod":
+        """What LAVIS's ``load_model`` calls for the CPU: trained parameters in float32, frozen half-precision ones in
+        bfloat16 where the processor has it (float32 would double their memory), else in float32."""
+        has_bf16 = cpu_has_bf16()
+        for parameter in self.parameters():
+            target = torch.float32 if parameter.requires_grad else frozen_dtype_on_cpu(parameter.dtype, has_bf16)
+            parameter.data = parameter.data.to(target)
+        return self
 
     # ------------------------------------------------------------ training
 
@@ -482,7 +486,8 @@ class Blip2OPTKVMod(Blip2Base):
         """Load a BLIP-2 checkpoint, LAVIS's or ours.
 
         It must hold all that is trained here. What may be missing, each as a whole: a frozen tower (it comes from a
-        file of its own), ``ln_vision`` once it was loaded, and the prefix (a stock BLIP-2 checkpoint has none).
+        file of its own), ``ln_vision`` once it was loaded, and the prefix (a stock BLIP-2 checkpoint has none). From
+        a stage-1 checkpoint (LAVIS's ``blip2_pretrained.pth``) the text side is left out and ``opt_proj`` stays new.
 
         Raises:
             FileNotFoundError, CheckpointError: if it cannot be read, or listing the keys that do not fit.
@@ -492,6 +497,9 @@ class Blip2OPTKVMod(Blip2Base):
         groups = ["visual_encoder.", "opt_model.", "aux_encoder.", "kv_"]
         if self._ln_vision_loaded:
             groups.append("ln_vision.")
+        if "itm_head.weight" in state:  # stage 1
+            groups.append("opt_proj.")
+            state = {key: value for key, value in state.items() if not _STAGE_1_ONLY.match(key)}
         absent = tuple(g for g in groups if not any(key.startswith(g) for key in state))
         may_lack = {key for key in self.state_dict() if key.startswith(absent)}
         may_lack |= {name for name, _ in self.named_buffers()}
@@ -526,7 +534,24 @@ class Blip2OPTKVMod(Blip2Base):
         """
         settings = ModelSettings.from_config(cfg)
         weights.require(settings.weight_files())
+        model = cls._assemble(settings)
+        model._load_named_checkpoint(settings)
+        return model
 
+    @classmethod
+    def without_weights(cls, cfg) -> "Blip2OPTKVMod":
+        """The model of a ``model:`` section without memory for its weights: for counting, not for running.
+
+        Raises:
+            SettingsError: as `from_config`.
+            MissingWeightsError: if the language model's size is not known.
+        """
+        with empty_weights():
+            return cls._assemble(ModelSettings.from_config(cfg), load=False)
+
+    @classmethod
+    def _assemble(cls, settings: ModelSettings, load: bool = True) -> "Blip2OPTKVMod":
+        """The parts that the settings describe, put together; frozen towers with their weights if ``load``."""
         vision = build_vision_encoder(
             settings.vit_model,
             checkpoint=settings.vit_checkpoint,
@@ -535,8 +560,9 @@ class Blip2OPTKVMod(Blip2Base):
             use_grad_checkpoint=settings.use_grad_checkpoint,
             precision=settings.vit_precision if settings.freeze_vit else "fp32",
             geometry=settings.vit_geometry,
+            load=load,
         )
-        opt_model, opt_tokenizer = build_language_model(settings.opt_model, precision=settings.opt_precision)
+        opt_model, opt_tokenizer = build_language_model(settings.opt_model, precision=settings.opt_precision, load=load)
         qformer = QFormer(
             encoder_width=vision.visual_encoder.num_features,
             num_queries=settings.num_query_token,
@@ -545,7 +571,7 @@ class Blip2OPTKVMod(Blip2Base):
         kv_prefix = aux_encoder = None
         if settings.kv_modulation:
             aux_encoder = build_auxiliary_encoder(
-                settings.aux_encoder, settings.aux_checkpoint, settings.aux_image_size
+                settings.aux_encoder, settings.aux_checkpoint, settings.aux_image_size, load=load
             )
             per_layer = settings.prefix_sharing == "per_layer"
             kv_prefix = KVPrefixGenerator(
@@ -573,7 +599,6 @@ class Blip2OPTKVMod(Blip2Base):
             cache_frozen_features=settings.cache_frozen_features,
         )
         model._ln_vision_loaded = vision.ln_vision_loaded
-        model._load_named_checkpoint(settings)
         return model
 
     def _load_named_checkpoint(self, settings: ModelSettings) -> None:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lavis_kvmod import checkpoints
 from lavis_kvmod.distributed import barrier, get_rank, get_world_size
+from lavis_kvmod.models.parts import parts_table
 from lavis_kvmod.plugin import set_registry_path
 from lavis_kvmod.precision import amp_dtype, needs_grad_scaler
 from lavis_kvmod.progress import Progress
@@ -111,7 +112,8 @@ class RunnerKVMod(RunnerBase):
                 raise NotImplementedError(
                     f"split {split!r}: runner_kvmod reads map-style data sets; use runner_base for webdataset pipelines"
                 )
-            if len(dataset) == 0:
+            used = [*self.valid_splits, *self.test_splits, *([] if self.evaluate_only else self.train_splits)]
+            if len(dataset) == 0 and split in used:
                 raise ValueError(f"split {split!r} of the data set is empty")
             loaders.append(
                 DataLoader(
@@ -342,18 +344,6 @@ class RunnerKVMod(RunnerBase):
         model = self.unwrap_dist_model(self.model)
         if hasattr(model, "parts"):
             logging.info("model parts:\n%s", parts_table(model.parts()))
-
-
-def parts_table(parts) -> str:
-    """A text table of a model's parts, with the totals trained and frozen."""
-    rows = [(p.part, f"{p.parameters:,}", "trained" if p.trained else "frozen", p.dtype) for p in parts]
-    for state in ("trained", "frozen"):
-        count = sum(p.parameters for p in parts if p.trained == (state == "trained"))
-        rows.append((f"all {state}", f"{count:,}", "", ""))
-    head = ("part", "parameters", "state", "dtype")
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(4)]
-    lines = [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d}".rstrip() for a, b, c, d in [head, *rows]]
-    return "\n".join(lines)
 
 
 def _short(metrics: Dict[str, Any]) -> str:

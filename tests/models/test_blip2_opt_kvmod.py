@@ -442,3 +442,30 @@ def test_cached_features_are_the_same_and_computed_once(build, images):
     assert calls == [2, 1]
     model.encode({"image": images(2)})  # no promise, no cache
     assert calls == [2, 1, 2]
+
+
+# ------------------------------------------------------------------ precision on the CPU
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_half_precision_towers_on_the_cpu(build, images, monkeypatch, has_bf16):
+    """`load_model` calls `float()`: frozen weights stay half as large where the processor has bfloat16."""
+    from lavis_kvmod.models import blip2_opt_kvmod as module
+
+    monkeypatch.setattr(module, "cpu_has_bf16", lambda: has_bf16)
+    reference = build().eval()
+    model = build(vit_precision="fp16", opt_precision="fp16").float().eval()
+    dtypes = {row.part: row.dtype for row in model.parts()}
+    assert dtypes["opt_model"] == ("bfloat16" if has_bf16 else "float32")
+    assert dtypes["visual_encoder"] == ("bfloat16+float32" if has_bf16 else "float32")
+    assert {row.dtype for row in model.parts() if row.trained} == {"float32"}
+    batch = image_batch(images)
+    loss, expected = model({**batch})["loss"], reference({**batch})["loss"]
+    assert abs(loss - expected) <= (0.05 if has_bf16 else 0.01) * expected
+    loss.backward()
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert len(model.generate({"image": batch["image"]}, num_beams=2, max_length=4)) == 3
+
+
+def test_float32_towers_are_left_alone(build):
+    assert {row.dtype for row in build().float().parts()} == {"float32"}
