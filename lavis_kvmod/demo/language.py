@@ -2,13 +2,15 @@
 
 A large OPT can do that from its own pre-training, and BLIP-2 counts on it: the Q-Former's output stands before the
 prompt's BOS as a soft description. A language model that never saw a description there gives the Q-Former nothing to
-learn from.
+learn from. One that saw captions alone, always in one order and of one length, can be taught, but slowly: most of the
+descriptions here are therefore bags of words.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import List, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 from lavis.models.blip2_models.modeling_opt import OPTForCausalLM
@@ -20,9 +22,10 @@ from transformers import GPT2Tokenizer, OPTConfig
 from lavis_kvmod.demo import digits
 from lavis_kvmod.progress import Progress
 
-__all__ = ["PROMPT", "LanguageRecipe", "accuracy", "save_tokenizer", "train_language_model"]
+__all__ = ["PROMPTS", "LanguageRecipe", "accuracy", "save_tokenizer", "train_language_model"]
 
-PROMPT = "Question: {} Short answer:"
+# The demo's recipe uses the first; the others are what else a user may try.
+PROMPTS = ("Question: {} Short answer:", "Question: {} Answer:", "{}")
 
 # As in OPT's own tokenizer: these ids, and `</s>` for BOS, EOS and unknown alike.
 _SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -39,19 +42,21 @@ class LanguageRecipe:
     num_heads: int = 4
     ffn_dim: int = 512
     max_positions: int = 128
-    vocab_size: int = 512
-    steps: int = 500
+    vocab_size: int = 512  # at most; the corpus needs fewer
+    steps: int = 250
     batch_size: int = 64
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
-    caption_share: float = 0.2
-    longest_description: int = 24
+    init_std: float = 0.04  # OPT's 0.02 is for wider models
+    caption_share: float = 0.2  # of the passages; the others are questions
+    bag_share: float = 0.7  # of the descriptions; the others are captions
+    longest_bag: int = 16  # words
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class _Passage:
-    """Text before the BOS, text after it that is given, and the continuation asked for."""
+    """Text before the BOS; what is given after it; the continuation asked for."""
 
     description: str
     prompt: str
@@ -61,18 +66,18 @@ class _Passage:
 def train_language_model(recipe: LanguageRecipe, folder: Path) -> float:
     """Train tokenizer and model and save both to ``folder``, as Hugging Face does.
 
-    Sequences are ``[description][BOS]Question: … Short answer: …\\n``, about a fifth of them
-    ``[description][BOS]caption\\n``. Draws from torch's global generator.
+    Sequences are ``[description][BOS]Question: … Short answer: …\\n`` and, some of them,
+    ``[description][BOS]caption\\n``; the loss is on the answer or the caption. Draws from torch's global generator.
 
     Args:
         recipe: see `LanguageRecipe`.
         folder: exists; receives ``config.json``, ``model.safetensors`` and the tokenizer's files.
 
     Returns:
-        The share of passages that the model continues exactly, over all captions and questions.
+        What `accuracy` says of the model.
     """
     scans = _every_scan()
-    tokenizer = save_tokenizer(recipe, folder, scans)
+    tokenizer = save_tokenizer(recipe, folder)
     model = OPTForCausalLM(_config(recipe, len(tokenizer))).train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -103,8 +108,8 @@ def train_language_model(recipe: LanguageRecipe, folder: Path) -> float:
 
 @torch.no_grad()
 def accuracy(model: OPTForCausalLM, tokenizer: GPT2Tokenizer) -> float:
-    """The share of passages continued exactly (greedily), over all captions and questions."""
-    passages = [passage for scan in _every_scan() for passage in (_captioning(scan), *_questions(scan))]
+    """The share of captions and answers that are continued exactly (greedily), over all scans and prompts."""
+    passages = _corpus(_every_scan())
     correct = 0
     for start in range(0, len(passages), 240):
         batch = _batch(tokenizer, passages[start : start + 240])
@@ -114,14 +119,14 @@ def accuracy(model: OPTForCausalLM, tokenizer: GPT2Tokenizer) -> float:
     return correct / len(passages)
 
 
-def save_tokenizer(recipe: LanguageRecipe, folder: Path, scans: Sequence[digits.Scan] = ()) -> GPT2Tokenizer:
-    """Train the byte-level BPE on the passages and save it as OPT's is saved, for ``AutoTokenizer``."""
-    import json
+def save_tokenizer(recipe: LanguageRecipe, folder: Path) -> GPT2Tokenizer:
+    """Train a byte-level BPE on the corpus and save it as OPT's is, for ``AutoTokenizer``.
 
+    BOS (``</s>``) comes first, padding has id 1, and the newline that ends an answer is one token.
+    """
     corpus = []
-    for scan in scans or _every_scan():
-        for passage in (_captioning(scan), *_questions(scan)):
-            corpus += [passage.description, passage.prompt + passage.continuation]
+    for passage in _corpus(_every_scan()):
+        corpus += [passage.description, passage.prompt + passage.continuation]
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
         corpus,
@@ -157,6 +162,7 @@ def _config(recipe: LanguageRecipe, vocab_size: int) -> OPTConfig:
         dropout=0.0,
         attention_dropout=0.0,
         layerdrop=0.0,
+        init_std=recipe.init_std,
         pad_token_id=_PAD,
         bos_token_id=_BOS,
         eos_token_id=_BOS,
@@ -181,30 +187,57 @@ def _captioning(scan: digits.Scan) -> _Passage:
     return _Passage(text, "", text + "\n")
 
 
-def _questions(scan: digits.Scan) -> List[_Passage]:
+def _asking(scan: digits.Scan, question: digits.Question, prompt: str) -> _Passage:
     description = _caption_text(digits.caption(scan))
-    return [
-        _Passage(description, PROMPT.format(_question_text(q.question)), f" {q.answer}\n")
-        for q in digits.questions(scan)
+    asked = prompt.replace("{}", _question_text(question.question))
+    return _Passage(description, asked, f" {question.answer}\n")
+
+
+def _corpus(scans: Sequence[digits.Scan]) -> List[_Passage]:
+    """Every caption, and every question in every prompt."""
+    captions = [_captioning(scan) for scan in scans]
+    return captions + [
+        _asking(scan, question, prompt) for scan in scans for question in digits.questions(scan) for prompt in PROMPTS
     ]
+
+
+def _draw_passage(scans: Sequence[digits.Scan], recipe: LanguageRecipe) -> _Passage:
+    """A passage to train on. The demo's own prompt comes as often as all others together."""
+    scan = _one_of(scans)
+    if _chance(recipe.caption_share):
+        passage = _captioning(scan)
+    else:
+        prompt = PROMPTS[0] if _chance(0.5) else _one_of(PROMPTS[1:])
+        passage = _asking(scan, _one_of(digits.questions(scan)), prompt)
+    if _chance(recipe.bag_share):
+        passage = replace(passage, description=_bag(passage.description, scan, recipe.longest_bag))
+    return passage
+
+
+def _bag(description: str, scan: digits.Scan, longest: int) -> str:
+    """A description's words in any order and number, each that matters at least once."""
+    words = description.split()
+    bag = [scan.ink, digits.DIGIT_WORDS[scan.digit], scan.paper]
+    bag += [_one_of(words) for _ in range(_draw(longest - len(bag) + 1))]
+    shuffled = [bag[i] for i in torch.randperm(len(bag)).tolist()]
+    # A space in front makes the first word's token that of a word within a text.
+    return (" " if _chance(0.7) else "") + " ".join(shuffled)
 
 
 def _draw(count: int) -> int:
     return int(torch.randint(count, ()))
 
 
-def _draw_passage(scans: Sequence[digits.Scan], recipe: LanguageRecipe) -> _Passage:
-    scan = scans[_draw(len(scans))]
-    if torch.rand(()) < recipe.caption_share:
-        passage = _captioning(scan)
-    else:
-        asked = _questions(scan)
-        passage = asked[_draw(len(asked))]
-    return passage
+def _one_of(items: Sequence):
+    return items[_draw(len(items))]
 
 
-def _batch(tokenizer: GPT2Tokenizer, passages: Sequence[_Passage]):
-    """``input_ids``, ``attention_mask`` and ``labels``, each (b, t), padded on the right; no loss before the BOS."""
+def _chance(probability: float) -> bool:
+    return bool(torch.rand(()) < probability)
+
+
+def _batch(tokenizer: GPT2Tokenizer, passages: Sequence[_Passage]) -> Dict[str, Tensor]:
+    """``input_ids``, ``attention_mask`` and ``labels``, each (b, t), padded on the right."""
     rows: List[Tuple[List[int], List[int]]] = []
     for passage in passages:
         before = tokenizer(passage.description, add_special_tokens=False).input_ids

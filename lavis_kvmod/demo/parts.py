@@ -119,7 +119,8 @@ def _build(folder: Path, recipe: Recipe, seed: int, build) -> None:
         files = {file.name: _digest(file) for file in sorted(made.iterdir())}
         manifest = {"recipe": asdict(recipe), "measured": measured, "sha256": files}
         (made / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        made.chmod(0o755)  # mkdtemp lets nobody else in, but a cache may be shared
+        for entry in (made, *made.iterdir()):  # made for the owner alone, but a cache may be shared
+            entry.chmod(0o755 if entry.is_dir() else 0o644)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(made, folder)

@@ -64,8 +64,8 @@ class VisionRecipe:
     depth: int = 4
     num_heads: int = 4
     mlp_ratio: float = 4.0
-    steps: int = 800
-    batch_size: int = 96
+    steps: int = 500
+    batch_size: int = 64
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     seed: int = 0
@@ -106,6 +106,7 @@ def train_vision_encoder(recipe: VisionRecipe) -> Tuple[Dict[str, Tensor], float
         num_heads=recipe.num_heads,
         mlp_ratio=recipe.mlp_ratio,
     )
+    _initialise(encoder)
     parts = nn.ModuleDict({"visual_encoder": encoder, "ln_vision": LayerNorm(recipe.embed_dim)}).train()
     head = nn.Linear(recipe.embed_dim, len(digits.DIGIT_WORDS))
     parameters = [*parts.parameters(), *head.parameters()]
@@ -139,6 +140,20 @@ def train_vision_encoder(recipe: VisionRecipe) -> Tuple[Dict[str, Tensor], float
         ink, labels = _coverage_and_digits(digits.load_scans("val"), recipe.image_size)
         guess = token_logits(_grey(ink)).mean(1).argmax(1)
     return parts.state_dict(), (guess == labels).float().mean().item()
+
+
+def _initialise(encoder: LuminanceVisionTransformer) -> None:
+    """Random weights for a narrow ViT that has to learn in minutes.
+
+    LAVIS's are for a width of 1408 and long training: with them this one takes hundreds of steps to tell positions
+    apart.
+    """
+    width = encoder.embed_dim
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=width**-0.5)
+    encoder.fix_init_weight()
+    nn.init.normal_(encoder.pos_embed, std=0.5)
 
 
 def _luminance_of_normalised() -> Tuple[Sequence[float], float]:
