@@ -117,7 +117,8 @@ def load_config(cfg_path: str, options: Sequence[str] = ()) -> KVModConfig:
     if problems:  # names decide which defaults to merge, so nothing more can be checked
         raise ConfigurationError(path, problems + _run_problems(OmegaConf.merge(RUN_DEFAULTS, raw.get("run") or {})))
     cfg = KVModConfig(path, options)
-    problems = _run_problems(cfg.run_cfg) + _model_problems(cfg.model_cfg) + _data_problems(cfg.datasets_cfg)
+    problems = _run_problems(cfg.run_cfg) + _model_problems(cfg.model_cfg)
+    problems += _image_size_problems(cfg) + _data_problems(cfg.datasets_cfg)
     if problems:
         raise ConfigurationError(path, problems)
     return cfg
@@ -235,6 +236,23 @@ def _data_problems(datasets: DictConfig) -> List[str]:
                 problem = None if _stored(store).is_file() else file.problem()
                 if problem:
                     problems.append(f"{problem} (looked for {_stored(store)})")
+    return problems
+
+
+def _image_size_problems(cfg: KVModConfig) -> List[str]:
+    """Image processors that give another size than the model's ViT takes, where they are used."""
+    if cfg.model_cfg.arch != ARCH:
+        return []
+    run, expected = cfg.run_cfg, cfg.model_cfg.get("image_size", ModelSettings.image_size)
+    used = {"eval": bool(run.valid_splits or run.test_splits), "train": bool(run.train_splits) and not run.evaluate}
+    problems = []
+    for name, section in cfg.datasets_cfg.items():
+        for mode, processor in (section.get("vis_processor") or {}).items():
+            size = (processor or {}).get("image_size", expected)
+            if used.get(mode) and size != expected:
+                problems.append(
+                    f"datasets.{name}.vis_processor.{mode}.image_size: expected model.image_size {expected}, got {size}"
+                )
     return problems
 
 

@@ -11,6 +11,7 @@ from typing import Callable, List, Optional, Sequence
 import numpy as np
 import torch
 
+from lavis_kvmod.checkpoints import CheckpointError
 from lavis_kvmod.config import ConfigurationError, KVModConfig, load_config
 from lavis_kvmod.distributed import from_main, get_rank, init_distributed
 
@@ -82,7 +83,7 @@ def run_command(command: Callable[[str, List[str]], object], description: str, a
     set_up_logging()
     try:
         command(args.cfg_path, args.options)
-    except (ConfigurationError, FileNotFoundError) as error:
+    except (ConfigurationError, CheckpointError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

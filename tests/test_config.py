@@ -111,6 +111,14 @@ def test_missing_data_says_where_it_was_looked_for(tmp_path):
     assert "vqa_train.json" in text and "coco/annotations/vqa_val_eval.json" in text
 
 
+def test_image_sizes_agree_where_they_are_used():
+    wrong = ["datasets.digits_vqa.vis_processor.train.image_size=64"]
+    assert problems(wrong) == [
+        "datasets.digits_vqa.vis_processor.train.image_size: expected model.image_size 56, got 64"
+    ]
+    load_config(DEMO, [*wrong, "run.evaluate=true"])  # nothing is trained, so nothing is wrong
+
+
 def test_sections_and_files_that_are_not_there(tmp_path):
     (tmp_path / "empty.yaml").write_text("run:\n  task: kvmod_vqa\n")
     assert {"model: this section is missing", "datasets: this section is missing"} <= set(
