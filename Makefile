@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full style bench clean
+.PHONY: help demo test test-full style bench clean full-size parity
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 20
@@ -34,6 +34,22 @@ style: $(STAMP) ## check style and formatting
 bench: $(STAMP) ## run the benchmarks
 	@set -e; for script in $(wildcard benchmarks/bench_*.py); do echo "$$script"; $(BIN)/python "$$script"; done
 
-clean: ## remove what builds and tests leave (.venv and output/ stay)
+full-size: $(STAMP) ## the 3.8-billion-parameter model on the CPU: memory and speed (8 GB of disk, 24 GB of memory)
+	@$(BIN)/python benchmarks/full_size.py
+
+# Hugging Face's BLIP-2 wants a newer transformers than LAVIS does. Remove .venv-parity to get its newest again.
+PARITY_STAMP := .venv-parity/.installed
+
+$(PARITY_STAMP): constraints.txt
+	@echo "Setting up .venv-parity (the first time this fetches torch, which takes minutes)"
+	@$(PYTHON) -m venv .venv-parity
+	@.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(shell grep '^torch==' constraints.txt) transformers safetensors
+	@touch $@
+
+parity: $(STAMP) $(PARITY_STAMP) ## compare logits and tokens with Hugging Face's BLIP-2 (in an environment of its own)
+	@$(BIN)/python -W ignore benchmarks/parity_hf.py .venv-parity/bin/python
+
+clean: ## remove what builds and tests leave (.venv* and output/ stay)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache
-	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	@find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

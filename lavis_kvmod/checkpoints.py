@@ -4,13 +4,16 @@ Loading never runs code from a file (``weights_only`` and safetensors), never ig
 never leaves a half-written file where a good one was.
 """
 
+import hashlib
 import json
 import os
 import pickle
 import re
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Union
-from zipfile import BadZipFile, ZipFile
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Union
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +36,11 @@ class LoadReport(NamedTuple):
     unexpected_keys: list
 
 
-def read(path: PathLike) -> Any:
+def read(path: PathLike, mmap: bool = False) -> Any:
     """Read a ``.pth`` or ``.safetensors`` file on the CPU, without running code from it.
+
+    With ``mmap`` the tensors are views of the file, read from the disk as they are looked at. The file must then not
+    be written into while they live. (Those of a ``.safetensors`` file always are.)
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -52,7 +58,7 @@ def read(path: PathLike) -> Any:
         except SafetensorError as error:
             raise CheckpointError(f"{path} is not a readable safetensors file ({error})") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and can_be_mapped(path))
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code is None:
@@ -63,6 +69,11 @@ def read(path: PathLike) -> Any:
         ) from error
     except (RuntimeError, EOFError, BadZipFile, KeyError, ValueError) as error:
         raise CheckpointError(_unreadable(path, error)) from error
+
+
+def can_be_mapped(path: PathLike) -> bool:
+    """Whether `read` can map this file; PyTorch's format before 1.6 can only be read as a whole."""
+    return Path(path).suffix == ".safetensors" or is_zipfile(path)
 
 
 def quick_problem(path: PathLike) -> Optional[str]:
@@ -102,15 +113,45 @@ def _first_line(error: Exception) -> str:
 
 
 def read_weights(path: PathLike) -> StateDict:
-    """The model's tensors of a checkpoint: a state dict, or the one under ``model``, as LAVIS writes it.
+    """The model's tensors of a checkpoint, under LAVIS's names: a state dict, the one under ``model``, as LAVIS writes
+    it, or either under Hugging Face's names; or a Hugging Face folder of a BLIP-2 OPT.
 
     Raises:
-        FileNotFoundError, CheckpointError: see `read`; also if there are no tensors in it.
+        FileNotFoundError, CheckpointError: see `read`; also if there are no tensors in it, or tensors that LAVIS's
+            BLIP-2 OPT does not have under Hugging Face's names.
     """
-    state = read(path)
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]
-    return _tensors_only(state, path)
+    from lavis_kvmod.conversion import folders, names
+    from lavis_kvmod.conversion.tensors import LazyTensor
+
+    if Path(path).is_dir():
+        return folders.read_weights(Path(path))
+    state = model_tensors(read(path), path)
+    if names.are_hf(state):
+        lazy = names.to_lavis({name: LazyTensor.of(tensor) for name, tensor in state.items()}, path)
+        state = {name: tensor.read() for name, tensor in lazy.items()}
+    return state
+
+
+def metadata(contents: Dict[str, Any], path: PathLike) -> Dict[str, Any]:
+    """What a checkpoint that `read` gave holds beside its tensors: plain values, or a ``.safetensors`` file's texts."""
+    if Path(path).suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}
+    plain = (str, int, float, bool)
+    return {key: value for key, value in contents.items() if isinstance(value, plain)}
+
+
+def model_tensors(contents: Any, path: PathLike) -> StateDict:
+    """The tensors among what `read` gave, under ``model`` if there is such an entry; ``path`` is for messages.
+
+    Raises:
+        CheckpointError: if there are none.
+    """
+    if isinstance(contents, dict) and isinstance(contents.get("model"), dict):
+        contents = contents["model"]
+    return _tensors_only(contents, path)
 
 
 def _tensors_only(state: Any, path: PathLike) -> StateDict:
@@ -140,16 +181,37 @@ def read_folder(folder: PathLike, dtype: torch.dtype) -> StateDict:
 
 def weight_files(folder: Path) -> List[Path]:
     """The files of a Hugging Face folder that together hold its weights; raises as `read_folder`."""
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{stem}.index.json"
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            return [folder / shard for shard in shards]
-        if (folder / stem).is_file():
-            return [folder / stem]
+    shards = sorted(set(weight_map(folder).values()))
+    if shards:
+        return [folder / shard for shard in shards]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
     raise FileNotFoundError(
         f"no weights in {folder}: expected model.safetensors or pytorch_model.bin, or the index of their shards"
     )
+
+
+def weight_map(folder: Path) -> Dict[str, str]:
+    """Which shard of a Hugging Face folder holds which tensor; empty if there are no shards.
+
+    Raises:
+        CheckpointError: if the index is not one.
+    """
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / stem).is_file():
+            return {}
+        index = folder / f"{stem}.index.json"
+        if not index.is_file():
+            continue
+        try:
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            if shards and all(Path(shard).name == shard for shard in shards.values()):
+                return shards
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass
+        raise CheckpointError(f'{index}: expected {{"weight_map": {{tensor: file of this folder}}}}')
+    return {}
 
 
 def load_weights(
@@ -170,21 +232,23 @@ def load_weights(
             unchanged.
     """
     own = module.state_dict()
-    missing = [key for key in own if key not in state]
+    # Weights that are one (OPT's input and output embeddings) are there under either name.
+    given = {own[key].data_ptr() for key in own if key in state} - {0}
+    missing = [key for key in own if key not in state and own[key].data_ptr() not in given]
     problems = []
     lacking = sorted(set(missing) - set(may_lack))
     if lacking:
-        problems.append(_listing("missing", lacking))
+        problems.append(listing("missing", lacking))
     unexpected = sorted(set(state) - set(own))
     if unexpected:
-        problems.append(_listing("unexpected", unexpected))
+        problems.append(listing("unexpected", unexpected))
     reshaped = [
         f"{key} (expected {tuple(own[key].shape)}, got {tuple(state[key].shape)})"
         for key in own
         if key in state and own[key].shape != state[key].shape
     ]
     if reshaped:
-        problems.append(_listing("of another shape", reshaped))
+        problems.append(listing("of another shape", reshaped))
     if problems:
         raise CheckpointError(f"{source} does not fit the model:\n" + "\n".join(problems))
     if assign:
@@ -194,7 +258,8 @@ def load_weights(
     return LoadReport(missing, [])
 
 
-def _listing(what: str, keys: list) -> str:
+def listing(what: str, keys: list) -> str:
+    """One paragraph of an error message: how many, what about them, and the first of them by name."""
     shown = "".join(f"\n    {key}" for key in keys[:KEYS_SHOWN])
     rest = f"\n    … and {len(keys) - KEYS_SHOWN} more" if len(keys) > KEYS_SHOWN else ""
     return f"  {len(keys)} {what}:{shown}{rest}"
@@ -203,8 +268,9 @@ def _listing(what: str, keys: list) -> str:
 def load_auxiliary_weights(module: nn.Module, path: PathLike) -> None:
     """Load a classifier's weights into its backbone: wrappers are taken off, the classifier head is left out.
 
-    Wrappers are a ``state_dict`` or ``model`` entry around the tensors and ``module.`` in front of the names. The
-    head is ``_fc`` (efficientnet_pytorch), ``classifier`` or ``fc`` (timm).
+    Wrappers are a ``state_dict`` or ``model`` entry around the tensors and ``module.`` in front of the names. Of
+    MoCo's two networks the trained one (``encoder_q.``) is taken, and its queue left out. The head is ``_fc``
+    (efficientnet_pytorch), ``classifier`` or ``fc`` (timm, MoCo).
 
     Raises:
         FileNotFoundError, CheckpointError: as `read_weights`; all but the head must fit exactly.
@@ -216,6 +282,8 @@ def load_auxiliary_weights(module: nn.Module, path: PathLike) -> None:
     state = _tensors_only(state, path)
     if all(name.startswith("module.") for name in state):
         state = {name[len("module.") :]: value for name, value in state.items()}
+    if any(name.startswith("encoder_q.") for name in state):
+        state = {name[len("encoder_q.") :]: value for name, value in state.items() if name.startswith("encoder_q.")}
     own = module.state_dict()
     head = [name for name in state if name not in own and name.split(".")[0] in ("_fc", "classifier", "fc", "head")]
     for name in head:
@@ -231,17 +299,59 @@ def trained_state_dict(module: nn.Module) -> StateDict:
     return {name: value for name, value in module.state_dict().items() if name in trained}
 
 
+def check_sha256(path: PathLike, expected: str) -> None:
+    """Compare a file with its SHA-256.
+
+    Raises:
+        CheckpointError: if they differ.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: sha256 is that of one file, but this is a folder; leave out #sha256=…")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            digest.update(block)
+    if digest.hexdigest() != expected.lower():
+        raise CheckpointError(
+            f"{path} is not the file that was meant: expected sha256 {expected.lower()}, got {digest.hexdigest()}; "
+            "delete it and fetch it again, or correct the sum"
+        )
+
+
 def save(obj: Any, path: PathLike) -> None:
     """Write ``obj`` with ``torch.save`` so that ``path`` is either the old file or the whole new one."""
+    # A file, since torch.save writes a path's name into what it saves.
+    with whole_or_nothing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(obj, file)
+
+
+@contextmanager
+def whole_or_nothing(path: PathLike) -> Iterator[Path]:
+    """Gives another path to write a file or a folder under; it is put at ``path`` when all of it is on the disk.
+
+    After a failure, or an interrupt, nothing is left and ``path`` is as it was.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        for written in [*temporary.glob("*"), temporary]:
+            _sync(written)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
-        if temporary.exists():  # only after a failure
+        if temporary.is_dir():  # only after a failure, as is the next
+            shutil.rmtree(temporary)
+        elif temporary.exists():
             temporary.unlink()
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -1,10 +1,12 @@
 """Where weight files come from: a local path, a file already in the download cache, or a download.
 
-Nothing here opens a file (see `lavis_kvmod.checkpoints`).
+Nothing here opens a file (see `lavis_kvmod.checkpoints`), and LAVIS, which takes seconds to import, is asked only for a
+download.
 """
 
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Iterable, List, Optional
@@ -12,7 +14,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
-from lavis.common.utils import is_url
+from lavis_kvmod.checkpoints import check_sha256
 
 REACH_TIMEOUT_S = 5
 _HF_WEIGHTS = (
@@ -33,7 +35,8 @@ class WeightFile:
 
     Attributes:
         part: what it is for, in the user's words.
-        source: local path, URL, or the name of a Hugging Face repository; None if nothing is known.
+        source: local path, URL, or the name of a Hugging Face repository; None if nothing is known. A
+            ``#sha256=HEX`` behind it is taken off, and what is fetched is checked against it.
         key: the config key that takes a local path.
         is_hf_folder: the source is a Hugging Face folder or repository name.
         build: makes the file on this machine, in place of a source (the demo's parts are trained on first use).
@@ -44,6 +47,13 @@ class WeightFile:
     key: str
     is_hf_folder: bool = False
     build: Optional[Callable[[], Path]] = None
+    sha256: Optional[str] = field(init=False, default=None)
+
+    def __post_init__(self):
+        source, found, digest = (self.source or "").partition("#sha256=")
+        if found:
+            object.__setattr__(self, "source", source)
+            object.__setattr__(self, "sha256", digest)
 
     def local_path(self) -> Optional[Path]:
         """The file on this machine, or None if it would have to be downloaded or does not exist."""
@@ -54,13 +64,15 @@ class WeightFile:
             return path
         if self.is_hf_folder:
             return _hf_cached(self.source)
-        if is_url(self.source):
+        if _is_url(self.source):
             cached = _url_cache_path(self.source)
             return cached if cached.is_file() else None
         return None
 
     def problem(self) -> Optional[str]:
         """Why this cannot be had, or None. Asks the network only for what is not on disk."""
+        if self.sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", self.sha256):
+            return f"{self.part}: expected 64 hexadecimal digits behind {self.source}#sha256=, got {self.sha256!r}"
         if self.build is not None or self.local_path() is not None:
             return None
         remedy = f"set {self.key} to a local {'folder' if self.is_hf_folder else 'file'}"
@@ -77,20 +89,27 @@ class WeightFile:
         if self.is_hf_folder:
             # "owner/name" names a repository; anything that looks more like a path is meant as one.
             return self.source.count("/") == 1 and not self.source.startswith((".", "/", "~"))
-        return is_url(self.source)
+        return _is_url(self.source)
 
     def fetch(self) -> Path:
         """The local path, after building or downloading if need be (rank 0 downloads, the others wait).
 
         Raises:
             MissingWeightsError: if it can be had neither way.
+            CheckpointError: if its SHA-256 is another than the one given.
         """
+        require([self])
+        path = self._fetch()
+        if self.sha256 is not None:
+            check_sha256(path, self.sha256)
+        return path
+
+    def _fetch(self) -> Path:
         if self.build is not None:
             return self.build()
         path = self.local_path()
         if path is not None:
             return path
-        require([self])
         from lavis.common.dist_utils import download_cached_file
 
         try:
@@ -108,6 +127,10 @@ def require(files: Iterable[WeightFile]) -> None:
     problems: List[str] = [problem for file in files for problem in [file.problem()] if problem]
     if problems:
         raise MissingWeightsError("missing weights:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _is_url(source: str) -> bool:
+    return urlparse(source).scheme in ("http", "https")
 
 
 def _url_cache_path(url: str) -> Path:

@@ -16,6 +16,9 @@ from torch import nn
 
 from lavis_kvmod import Blip2OPTKVMod
 
+# These models are too small to share out: threads would only wait for each other, and for whatever else runs.
+torch.set_num_threads(1)
+
 SIZE = 28  # image side in pixels: 2 x 2 patches
 VIT = dict(patch_size=14, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2.0)
 QFORMER = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)

@@ -74,7 +74,7 @@ def _filled(pattern: str, groups: Iterable[str]) -> str:
 
 _TO_HF = [(_compiled(lavis), hf) for lavis, hf in TABLE]
 _TO_LAVIS = [(_compiled(hf), lavis) for lavis, hf in TABLE]
-_Q_BIAS, _HF_QKV = _compiled(Q_BIAS), _compiled(HF_QKV_BIAS)
+_Q_BIAS, _V_BIAS, _HF_QKV = _compiled(Q_BIAS), _compiled(V_BIAS), _compiled(HF_QKV_BIAS)
 
 
 def _rename(name: str, rules) -> Optional[str]:
@@ -102,7 +102,7 @@ def to_hf(tensors: Tensors, source) -> Dict[str, LazyTensor]:
         if block:
             v_bias = tensors[_filled(V_BIAS, block.groups())]
             converted[_filled(HF_QKV_BIAS, block.groups())] = _qkv_bias(tensor, v_bias)
-        elif _compiled(V_BIAS).fullmatch(name) or name == POSITION_IDS or _is_tied(name, tensors):
+        elif _V_BIAS.fullmatch(name) or name == POSITION_IDS or _is_tied(name, tensors):
             continue
         else:
             target = _rename(name, _TO_HF)
@@ -116,7 +116,9 @@ def to_hf(tensors: Tensors, source) -> Dict[str, LazyTensor]:
 
 
 def _is_tied(name: str, tensors: Tensors) -> bool:
-    return name == LM_HEAD and EMBEDDING in tensors and tensors[name].data == tensors[EMBEDDING].data
+    if name != LM_HEAD or EMBEDDING not in tensors or tensors[name].data is None:
+        return False
+    return tensors[name].data == tensors[EMBEDDING].data
 
 
 def _qkv_bias(q_bias: LazyTensor, v_bias: LazyTensor) -> LazyTensor:

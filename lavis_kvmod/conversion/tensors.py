@@ -4,6 +4,8 @@ A file is mapped, not read: what a process then holds are the pages it has looke
 closing and mapping again, so that all that is ever held is about one tensor, the largest.
 """
 
+import contextlib
+import io
 import json
 import pickle
 from collections import OrderedDict
@@ -19,17 +21,18 @@ from lavis_kvmod import checkpoints
 # Files of small tensors only are not mapped anew for each of them.
 SMALLEST_WINDOW = 8 * 2**20
 
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+# What the two formats call a dtype.
+_DTYPES = {
+    torch.float64: ("F64", torch.DoubleStorage),
+    torch.float32: ("F32", torch.FloatStorage),
+    torch.float16: ("F16", torch.HalfStorage),
+    torch.bfloat16: ("BF16", torch.BFloat16Storage),
+    torch.int64: ("I64", torch.LongStorage),
+    torch.int32: ("I32", torch.IntStorage),
+    torch.int16: ("I16", torch.ShortStorage),
+    torch.int8: ("I8", torch.CharStorage),
+    torch.uint8: ("U8", torch.ByteStorage),
+    torch.bool: ("BOOL", torch.BoolStorage),
 }
 
 
@@ -63,7 +66,7 @@ class LazyTensor:
 
 
 class TensorFiles:
-    """Weight files, open as long as needed.
+    """Weight files, open as long as needed; ``metadata`` is what each holds beside its tensors.
 
     Args:
         forget: keep no more mapped than the largest tensor. False leaves everything mapped, for tensors that are
@@ -72,6 +75,7 @@ class TensorFiles:
 
     def __init__(self, forget: bool = True):
         self._forget = forget
+        self.metadata: Dict[Path, Dict[str, Any]] = {}
         self._open: Dict[Path, checkpoints.StateDict] = {}
         self._mapped = 0
         self._window = SMALLEST_WINDOW
@@ -84,6 +88,9 @@ class TensorFiles:
         """
         tensors, names_at = {}, {}
         for name, tensor in self._state(path).items():
+            if tensor.dtype not in _DTYPES:
+                known = ", ".join(str(dtype) for dtype in _DTYPES)
+                raise checkpoints.CheckpointError(f"{path}: {name} is {tensor.dtype}; expected one of {known}")
             # Names that share a tensor in a .pth file are views of one place of the mapped file.
             place = (tensor.data_ptr() or name, tuple(tensor.shape), tensor.stride())
             first = names_at.setdefault(place, name)
@@ -111,7 +118,9 @@ class TensorFiles:
 
     def _state(self, path: Path) -> checkpoints.StateDict:
         if path not in self._open:
-            self._open[path] = checkpoints.model_tensors(checkpoints.read(path, mmap=True), path)
+            contents = checkpoints.read(path, mmap=True)
+            self._open[path] = checkpoints.model_tensors(contents, path)
+            self.metadata[path] = checkpoints.metadata(contents, path)
         return self._open[path]
 
     def _read(self, path: Path, name: str, size: int) -> Tensor:
@@ -143,11 +152,9 @@ def write_safetensors(
     end = 0
     for name in names:
         tensor = tensors[name]
-        if tensor.dtype not in _SAFETENSORS_DTYPES:
-            raise checkpoints.CheckpointError(f"{name}: a safetensors file cannot hold {tensor.dtype}")
         start, end = end, end + tensor.nbytes
         header[name] = {
-            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "dtype": _DTYPES[tensor.dtype][0],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
@@ -180,9 +187,8 @@ class _Table(pickle.Pickler):
     def persistent_id(self, obj):
         if not isinstance(obj, _Storage):
             return None
-        kind = torch.storage.TypedStorage(0, dtype=obj.tensor.dtype, device="cpu").pickle_storage_type()
         numel = torch.Size(obj.tensor.shape).numel()
-        return ("storage", getattr(torch, kind), obj.key, "cpu", numel)
+        return ("storage", _DTYPES[obj.tensor.dtype][1], obj.key, "cpu", numel)
 
     def reducer_override(self, obj):
         if not isinstance(obj, LazyTensor):
@@ -198,20 +204,27 @@ def write_pth(path: Path, contents: Mapping[str, Any], written: Written) -> None
     ``torch.save`` wants all tensors at once. This uses the writer it writes with, and its layout: a table
     (``data.pkl``) and one record for each tensor.
     """
-    from io import BytesIO
-
-    packed = BytesIO()
+    packed = io.BytesIO()
     table = _Table(packed)
     table.dump(contents)
-    writer = torch._C.PyTorchFileWriter(str(path))
-    writer.write_record("data.pkl", packed.getvalue(), len(packed.getvalue()))
-    writer.write_record("byteorder", b"little", len(b"little"))
-    for storage in table.records.values():
-        tensor = storage.tensor.read().contiguous()
-        writer.write_record(f"data/{storage.key}", tensor.data_ptr() if tensor.nbytes else b"", tensor.nbytes)
-        written(tensor.nbytes)
-        del tensor
-    writer.write_end_of_file()
+    with open(path, "wb") as file:  # given a path, the writer would put its name into the file
+        writer = torch._C.PyTorchFileWriter(file)
+        try:
+            writer.write_record("data.pkl", packed.getvalue(), len(packed.getvalue()))
+            writer.write_record("byteorder", b"little", len(b"little"))
+            for storage in table.records.values():
+                tensor = storage.tensor.read().contiguous()
+                start = tensor.storage_offset() * tensor.itemsize  # a row of a larger one starts further on
+                numbers = tensor.untyped_storage()[start : start + tensor.nbytes]
+                writer.write_record(f"data/{storage.key}", numbers, tensor.nbytes)
+                written(tensor.nbytes)
+                del tensor, numbers
+            writer.write_end_of_file()
+        except BaseException:
+            # The writer would write its end when it is collected, into a closed file, and abort the process.
+            with contextlib.suppress(RuntimeError, OSError):
+                writer.write_end_of_file()
+            raise
 
 
 def write_shards(folder: Path, tensors: Mapping[str, LazyTensor], shard_bytes: int, written: Written) -> None:

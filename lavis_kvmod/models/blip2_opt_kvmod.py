@@ -483,17 +483,18 @@ class Blip2OPTKVMod(Blip2Base):
     # ------------------------------------------------------------ weights
 
     def load_checkpoint(self, url_or_filename: str) -> checkpoints.LoadReport:
-        """Load a BLIP-2 checkpoint, LAVIS's or ours.
+        """Load a BLIP-2 checkpoint: LAVIS's or ours (``.pth``, ``.safetensors``), or a Hugging Face folder.
 
         It must hold all that is trained here. What may be missing, each as a whole: a frozen tower (it comes from a
         file of its own), ``ln_vision`` once it was loaded, and the prefix (a stock BLIP-2 checkpoint has none). From
         a stage-1 checkpoint (LAVIS's ``blip2_pretrained.pth``) the text side is left out and ``opt_proj`` stays new.
+        A tower that it does hold, as a Hugging Face folder does, takes the place of the one from its own file.
 
         Raises:
             FileNotFoundError, CheckpointError: if it cannot be read, or listing the keys that do not fit.
         """
         file = weights.WeightFile("checkpoint", str(url_or_filename), "the checkpoint argument").fetch()
-        state = checkpoints.read_weights(file)
+        state = self._within_vocabulary(checkpoints.read_weights(file))
         groups = ["visual_encoder.", "opt_model.", "aux_encoder.", "kv_"]
         if self._ln_vision_loaded:
             groups.append("ln_vision.")
@@ -511,6 +512,12 @@ class Blip2OPTKVMod(Blip2Base):
         return report
 
     load_from_pretrained = load_checkpoint
+
+    def _within_vocabulary(self, state: checkpoints.StateDict) -> checkpoints.StateDict:
+        """``state`` with OPT's embeddings cut to this model's rows: Hugging Face adds some, for an image token."""
+        rows = self.opt_model.get_input_embeddings().num_embeddings
+        of_opt = ("opt_model.model.decoder.embed_tokens.weight", "opt_model.lm_head.weight")
+        return {key: value[:rows] if key in of_opt else value for key, value in state.items()}
 
     @classmethod
     def default_config_path(cls, model_type: str) -> str:

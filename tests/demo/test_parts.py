@@ -277,6 +277,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # on a busy machine
 def test_the_demos_parts_know_shape_and_language(cache):
     """The real recipe: about a minute and a half on two cores."""
     state = load_file(parts.vision_weights())

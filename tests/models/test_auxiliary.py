@@ -89,6 +89,28 @@ def test_wrapped_files_and_any_number_of_classes(tmp_path, wrap):
         assert torch.equal(value, wrapped.state_dict()[key])
 
 
+def test_a_moco_file_gives_its_trained_network(tmp_path):
+    """The momentum network and the queue are left out, as the projection head is."""
+    import timm
+
+    network = timm.create_model("resnet50", num_classes=7).eval()
+    state = network.state_dict()
+    head = {"fc.0.weight": torch.zeros(4, 2048), "fc.2.bias": torch.zeros(3)}
+    queries = {**{k: v for k, v in state.items() if not k.startswith("fc.")}, **head}
+    moco = {f"module.encoder_q.{k}": v for k, v in queries.items()}
+    moco.update({f"module.encoder_k.{k}": v + 1 for k, v in queries.items()})
+    moco.update({"module.queue": torch.zeros(4, 8), "module.queue_ptr": torch.zeros(1)})
+    torch.save({"arch": "resnet50", "epoch": 200, "state_dict": moco}, tmp_path / "moco.pth.tar")
+    encoder = build_auxiliary_encoder("timm:resnet50", str(tmp_path / "moco.pth.tar"))
+    assert encoder.feature_dim == 2048
+    for key, value in encoder.backbone.state_dict().items():
+        assert torch.equal(value, state[key])
+    moco.pop("module.encoder_q.layer1.0.conv1.weight")
+    torch.save({"state_dict": moco}, tmp_path / "less.pth")
+    with pytest.raises(CheckpointError, match=r"1 missing:\s+layer1.0.conv1.weight"):
+        build_auxiliary_encoder("timm:resnet50", str(tmp_path / "less.pth"))
+
+
 def build_auxiliary_encoder_from(state, path):
     torch.save(state, path)
     return build_auxiliary_encoder("efficientnet-b0", str(path))
