@@ -234,18 +234,15 @@ class Blip2OPTKVMod(Blip2Base):
         return [KVPrefix(*of_layer) for of_layer in zip(key, value, gates)]
 
     def maybe_autocast(self, dtype: torch.dtype = torch.float16):
-        """As LAVIS, autocast on a GPU; on the CPU only if frozen weights are bfloat16, and then in it.
+        """As LAVIS, autocast on a GPU and none on the CPU; but in bfloat16, and then on both, if OPT is stored so.
 
         A surrounding autocast (the runner's) stays in force.
         """
         device_type = self.device.type
-        if torch.is_autocast_enabled(device_type):
+        in_bf16 = self.opt_model.dtype is torch.bfloat16
+        if torch.is_autocast_enabled(device_type) or (device_type == "cpu" and not in_bf16):
             return contextlib.nullcontext()
-        if device_type == "cpu":
-            if self.opt_model.dtype is not torch.bfloat16:
-                return contextlib.nullcontext()
-            dtype = torch.bfloat16
-        return torch.autocast(device_type, dtype=dtype)
+        return torch.autocast(device_type, dtype=torch.bfloat16 if in_bf16 else dtype)
 
     def float(self) -> "Blip2OPTKVMod":
         """What LAVIS's ``load_model`` calls for the CPU: trained parameters in float32, frozen half-precision ones in
