@@ -55,7 +55,7 @@ setup(
     name="lavis-kvmod",
     version=VERSION,
     description="KV modulation for Salesforce LAVIS: BLIP-2 OPT with a second vision encoder",
-    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description=README.read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="the lavis-kvmod authors",
     license="BSD-3-Clause",

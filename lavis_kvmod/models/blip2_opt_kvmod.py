@@ -491,7 +491,13 @@ class Blip2OPTKVMod(Blip2Base):
             FileNotFoundError, CheckpointError: if it cannot be read, or listing the keys that do not fit.
         """
         file = weights.WeightFile("checkpoint", str(url_or_filename), "the checkpoint argument").fetch()
-        state = self._within_vocabulary(checkpoints.read_weights(file))
+        return self._load_weights(checkpoints.read_weights(file), file)
+
+    load_from_pretrained = load_checkpoint
+
+    def _load_weights(self, state: checkpoints.StateDict, source) -> checkpoints.LoadReport:
+        """`load_checkpoint`, of what was read from ``source``."""
+        state = self._within_vocabulary(state)
         groups = ["visual_encoder.", "opt_model.", "aux_encoder.", "kv_"]
         if self._ln_vision_loaded:
             groups.append("ln_vision.")
@@ -501,14 +507,12 @@ class Blip2OPTKVMod(Blip2Base):
         absent = tuple(g for g in groups if not any(key.startswith(g) for key in state))
         may_lack = {key for key in self.state_dict() if key.startswith(absent)}
         may_lack |= {name for name, _ in self.named_buffers()}
-        report = checkpoints.load_weights(self, state, source=file, may_lack=may_lack)
+        report = checkpoints.load_weights(self, state, source=source, may_lack=may_lack)
         self._ln_vision_loaded = True
         if self.feature_cache is not None:
             self.feature_cache.clear()
-        logging.info("loaded checkpoint %s", file)
+        logging.info("loaded checkpoint %s", source)
         return report
-
-    load_from_pretrained = load_checkpoint
 
     def _within_vocabulary(self, state: checkpoints.StateDict) -> checkpoints.StateDict:
         """``state`` with OPT's embeddings cut to this model's rows: Hugging Face adds some, for an image token."""
@@ -612,7 +616,8 @@ class Blip2OPTKVMod(Blip2Base):
             logging.info("no checkpoint named: the Q-Former starts from random weights")
             return
         file = checkpoint.fetch()
-        if settings.load_finetuned and settings.pretrained and not self._ln_vision_loaded:
-            if not any(key.startswith("ln_vision.") for key in checkpoints.read_weights(file)):
-                self.load_checkpoint(settings.pretrained)
-        self.load_checkpoint(file)
+        state = checkpoints.read_weights(file)
+        has_ln_vision = self._ln_vision_loaded or any(key.startswith("ln_vision.") for key in state)
+        if settings.load_finetuned and settings.pretrained and not has_ln_vision:
+            self.load_checkpoint(settings.pretrained)
+        self._load_weights(state, file)
