@@ -4,10 +4,11 @@ LAVIS's loaders download from fixed addresses; here every source is a key of the
 a checkpoint would replace.
 """
 
+import operator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Mapping, NamedTuple, Optional
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional
 
 import torch
 from lavis.models import clip_vit, eva_vit
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 
 from lavis_kvmod.checkpoints import CheckpointError, load_weights, read_folder, read_weights
 from lavis_kvmod.models.empty import empty_weights
+from lavis_kvmod.models.grad_checkpoint import recompute_in_backward
 from lavis_kvmod.weights import MissingWeightsError, WeightFile
 
 BLIP2_FILES = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
@@ -33,11 +35,12 @@ class VisionEncoder:
 
     build: Callable[..., nn.Module]
     interpolate: Callable[[nn.Module, dict], None]
+    blocks: Callable[[nn.Module], Iterable[nn.Module]] = operator.attrgetter("blocks")
     url: Optional[str] = None
     build_weights: Optional[Callable[[], Path]] = None  # instead of an address
 
 
-def _eva_clip_g(image_size: int, drop_path_rate: float, use_grad_checkpoint: bool, **geometry) -> nn.Module:
+def _eva_clip_g(image_size: int, drop_path_rate: float, **geometry) -> nn.Module:
     """EVA-CLIP-G without its last block (the geometry of LAVIS's ``create_eva_vit_g``)."""
     defaults = dict(patch_size=14, embed_dim=1408, depth=39, num_heads=16, mlp_ratio=4.3637)
     return eva_vit.VisionTransformer(
@@ -46,22 +49,21 @@ def _eva_clip_g(image_size: int, drop_path_rate: float, use_grad_checkpoint: boo
         qkv_bias=True,
         drop_path_rate=drop_path_rate,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_checkpoint=use_grad_checkpoint,
         **{**defaults, **geometry},
     )
 
 
-def _clip_l(image_size: int, drop_path_rate: float, use_grad_checkpoint: bool, **geometry):
+def _clip_l(image_size: int, drop_path_rate: float, **geometry):
     """CLIP ViT-L/14 without its last two blocks (the geometry of LAVIS's ``create_clip_vit_L``)."""
     defaults = dict(patch_size=14, width=1024, layers=22, heads=16)
     return clip_vit.VisionTransformer(
         input_resolution=image_size,
-        use_grad_checkpointing=use_grad_checkpoint,
+        use_grad_checkpointing=False,
         **{**defaults, **geometry},
     )
 
 
-def _demo_vit(image_size: int, drop_path_rate: float, use_grad_checkpoint: bool, **geometry):
+def _demo_vit(image_size: int, drop_path_rate: float, **geometry):
     from lavis_kvmod.demo.vision import build_vision_encoder
 
     return build_vision_encoder(image_size, **geometry)
@@ -81,7 +83,12 @@ def _demo_language_model() -> Path:
 
 VISION_ENCODERS = {
     "eva_clip_g": VisionEncoder(_eva_clip_g, eva_vit.interpolate_pos_embed, url=f"{BLIP2_FILES}/eva_vit_g.pth"),
-    "clip_L": VisionEncoder(_clip_l, clip_vit.interpolate_pos_embed, url=f"{BLIP2_FILES}/clip_vit_L.pth"),
+    "clip_L": VisionEncoder(
+        _clip_l,
+        clip_vit.interpolate_pos_embed,
+        blocks=operator.attrgetter("transformer.resblocks"),
+        url=f"{BLIP2_FILES}/clip_vit_L.pth",
+    ),
     "demo": VisionEncoder(_demo_vit, eva_vit.interpolate_pos_embed, build_weights=_demo_vision_weights),
 }
 
@@ -128,7 +135,9 @@ def build_vision_encoder(
     """
     encoder = VISION_ENCODERS[name]
     with empty_weights():
-        vit = encoder.build(image_size, drop_path_rate, use_grad_checkpoint, **dict(geometry))
+        vit = encoder.build(image_size, drop_path_rate, **dict(geometry))
+    if use_grad_checkpoint:
+        recompute_in_backward(encoder.blocks(vit))
     for module in vit.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(DTYPES[precision])
@@ -208,7 +217,7 @@ def _opt_config(name: str, folder: Optional[Path]) -> OPTConfig:
     return OPTConfig(vocab_size=50272, ffn_dim=4 * width, word_embed_proj_dim=width, **geometry)
 
 
-def build_language_model(name: str, *, precision: str = "fp16", load: bool = True):
+def build_language_model(name: str, *, precision: str = "fp16", use_grad_checkpoint: bool = False, load: bool = True):
     """The frozen OPT and its tokenizer, from a Hugging Face name or folder.
 
     Weights are read file by file and stored in ``precision`` at once, so that no second copy of the model is held.
@@ -225,6 +234,8 @@ def build_language_model(name: str, *, precision: str = "fp16", load: bool = Tru
     folder = file.fetch() if load else file.local_path()
     with empty_weights():
         model = FrozenOPT(_opt_config(name, folder))
+    if use_grad_checkpoint:
+        recompute_in_backward(model.model.decoder.layers)
     model.to(DTYPES[precision])
     model.tie_weights()
     if not load:

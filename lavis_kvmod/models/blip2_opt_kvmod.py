@@ -10,11 +10,11 @@ take and give what LAVIS's ``blip2_opt`` does (``lavis/models/blip2_models/blip2
 
 import contextlib
 import logging
+import random
 import re
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
-import torch.nn.functional as F
 from lavis.models.blip2_models.blip2 import Blip2Base
 from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
@@ -29,16 +29,17 @@ from lavis_kvmod.models.backbones import (
 from lavis_kvmod.models.empty import empty_weights
 from lavis_kvmod.models.feature_cache import FrozenFeatureCache, FrozenFeatures
 from lavis_kvmod.models.kv_prefix import KVPrefix, KVPrefixGenerator
+from lavis_kvmod.models.optimizer_groups import optimizer_groups
 from lavis_kvmod.models.parts import PartSummary, summarise
 from lavis_kvmod.models.qformer import QFormer, QFormerOutput
 from lavis_kvmod.models.settings import ANSWER_LOSSES, PREFIX_GATES, ModelSettings
+from lavis_kvmod.models.soft_prompt import ScoredAnswer, continue_texts, rank_answers, score, token_losses
 from lavis_kvmod.models.text import (
     QUESTION,
     Prompt,
     answer_batch,
     caption_batch,
     one_each,
-    prompt_batch,
     question_contexts,
 )
 from lavis_kvmod.paths import resource
@@ -49,6 +50,17 @@ _STAGE_1_ONLY = re.compile(
     r"Qformer\.(cls|bert\.embeddings\.(word|position)_embeddings|bert\.encoder\.layer\.\d+\.(intermediate|output))\."
     r"|(vision_proj|text_proj|itm_head)\.|temp$"
 )
+
+
+INFERENCE_METHODS = ("generate", "rank")
+
+
+def _answer_rng(epoch: Optional[int], question: str, answers: List[str]) -> random.Random:
+    """Draws an answer to train on. Within a run, which tells the epoch, the draw hangs on the question alone, not on
+    how the data is spread over processes or where a run was resumed."""
+    if epoch is None:
+        return random.Random(int(torch.randint(2**62, ())))
+    return random.Random(f"{epoch} {question} {answers}")
 
 
 class Encoded(NamedTuple):
@@ -183,6 +195,12 @@ class Blip2OPTKVMod(Blip2Base):
         order += ["query_tokens", "Qformer", "opt_proj", "opt_model"]
         return [summarise(name, getattr(self, name)) for name in order if getattr(self, name) is not None]
 
+    def get_optimizer_params(
+        self, weight_decay: float, lr_scale: float = 1.0, kv_lr_scale: float = 1.0
+    ) -> List[Dict[str, Any]]:
+        """LAVIS main's hook for the optimiser (``lr_scale`` is its layer-wise decay): see `optimizer_groups`."""
+        return optimizer_groups(self, weight_decay=weight_decay, vit_layer_decay=lr_scale, kv_lr_scale=kv_lr_scale)
+
     # ------------------------------------------------------------ image -> soft prompt
 
     def encode(self, samples: Dict[str, Any], output_attentions: bool = False) -> Encoded:
@@ -265,8 +283,10 @@ class Blip2OPTKVMod(Blip2Base):
                 the model's own, for all or one for each sample.
 
         Returns:
-            ``{"loss": …}``: mean cross-entropy over the tokens to be predicted: the captions after the prompt, or
-            the answers alone with their closing newline.
+            ``loss``: mean cross-entropy over the tokens to be predicted, which are the captions after the prompt, or
+            the answers alone with their closing newline. ``loss_weight``: how many those are, or their weights' sum,
+            so that means of several batches can be put together. In eval mode all answers of a question count, as
+            with ``answer_loss: all``.
 
         Raises:
             ValueError: for wrong shapes, an empty question, answer or caption, or a question without answers.
@@ -286,7 +306,7 @@ class Blip2OPTKVMod(Blip2Base):
                 self.max_txt_len,
                 self.device,
             )
-        return {"loss": self._language_loss(soft_prompt, text, row_weights)}
+        return self._language_loss(soft_prompt, text, row_weights)
 
     def _answers(self, samples) -> Tuple[Tensor, List[str], Optional[Tensor]]:
         """Which question each answer in the loss belongs to, the answers, and their weights (None: all 1)."""
@@ -299,51 +319,31 @@ class Blip2OPTKVMod(Blip2Base):
             )
         if 0 in counts:
             raise ValueError(f"sample {counts.index(0)} of the batch has no answer to train on")
-        if self.answer_loss == "all":
+        if self.answer_loss == "all" or not self.training:
             rows = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
             return rows, answers, weight.to(self.device)
         drawn, start = [], 0
-        for count in counts:
-            of_question = weight[start : start + count].clamp(min=0)
-            if not of_question.sum() > 0:
-                of_question = torch.ones(count)
-            drawn.append(answers[start + int(torch.multinomial(of_question, 1))])
+        for question, count in zip(samples["text_input"], counts):
+            choices = slice(start, start + count)
+            of_question = weight[choices].clamp(min=0).tolist()
+            if not sum(of_question) > 0:
+                of_question = [1.0] * count
+            rng = _answer_rng(samples.get("epoch"), question, answers[choices])
+            drawn += rng.choices(answers[choices], of_question)
             start += count
         return torch.arange(len(counts)), drawn, None
 
-    def _language_loss(self, soft_prompt: Tensor, text, row_weights: Optional[Tensor]) -> Tensor:
-        """Weighted mean cross-entropy over the labelled tokens of ``text`` behind ``soft_prompt``."""
-        q = soft_prompt.shape[1]
-        inputs, attention_mask = self._with_soft_prompt(soft_prompt, text)
+    def _language_loss(self, soft_prompt: Tensor, text, row_weights: Optional[Tensor]) -> Dict[str, Tensor]:
+        """Weighted mean cross-entropy over the labelled tokens of ``text``, and the sum of those weights."""
         with self.maybe_autocast():
-            hidden = self.opt_model.model.decoder(
-                inputs_embeds=inputs,
-                attention_mask=attention_mask,
-                use_cache=False,
-                return_dict=True,
-            ).last_hidden_state
-            # Text token i is predicted at the position before it, the first one by the last soft-prompt vector.
-            predicts = hidden[:, q - 1 : -1]  # (b, t, opt width)
-            row, column = (text.labels != -100).nonzero(as_tuple=True)
-            if not len(row):
-                raise ValueError("nothing to predict in this batch: every caption is no longer than its prompt")
-            logits = self.opt_model.lm_head(predicts[row, column])  # only where there is a loss
-        token_loss = F.cross_entropy(logits.float(), text.labels[row, column], reduction="none")
+            row, token_loss = token_losses(self.opt_model, soft_prompt, text)
         if row_weights is None:
-            return token_loss.mean()
+            return {"loss": token_loss.mean(), "loss_weight": token_loss.new_tensor(len(token_loss))}
         token_weights = row_weights[row]
-        return (token_weights * token_loss).sum() / token_weights.sum()
-
-    def _with_soft_prompt(self, soft_prompt: Tensor, text) -> Tuple[Tensor, Tensor]:
-        """Embeddings (b, q + t, opt width) and attention mask (b, q + t) of soft prompt and text."""
-        embedded = self.opt_model.get_input_embeddings()(text.input_ids)
-        inputs = torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1)
-        return inputs, self._full_mask(soft_prompt, text)
-
-    @staticmethod
-    def _full_mask(soft_prompt: Tensor, text) -> Tensor:
-        seen = text.attention_mask.new_ones(soft_prompt.shape[:2])
-        return torch.cat([seen, text.attention_mask], dim=1)
+        return {
+            "loss": (token_weights * token_loss).sum() / token_weights.sum(),
+            "loss_weight": token_weights.sum(),
+        }
 
     # ------------------------------------------------------------ generation
 
@@ -360,7 +360,8 @@ class Blip2OPTKVMod(Blip2Base):
         length_penalty: float = 1.0,
         num_captions: int = 1,
         temperature: float = 1,
-    ) -> List[str]:
+        return_scores: bool = False,
+    ) -> Union[List[str], List[ScoredAnswer]]:
         """Continue a prompt (``samples["prompt"]``, one for all or a list; else the model's) for each image.
 
         Args:
@@ -369,15 +370,17 @@ class Blip2OPTKVMod(Blip2Base):
             max_length: most new tokens, the prompt not counted.
             min_length: fewest tokens, the prompt's counted, as in LAVIS.
             num_captions: captions for each image.
+            return_scores: also say how likely the model finds each text.
 
         Returns:
-            b * num_captions strings, the captions of an image together.
+            b * num_captions strings, the captions of an image together; with ``return_scores`` as `ScoredAnswer`.
         """
         prompts = one_each(samples.get("prompt", self.prompt), len(samples["image"]))
         contexts = [self.opt_tokenizer(prompt).input_ids for prompt in prompts]
         return self._continue(
             self.encode(samples).soft_prompt,
             contexts,
+            return_scores,
             do_sample=use_nucleus_sampling,
             top_p=top_p,
             temperature=temperature,
@@ -401,26 +404,40 @@ class Blip2OPTKVMod(Blip2Base):
         answer_list: Optional[List[str]] = None,
         prompt: Prompt = "",
         length_penalty: float = 0,
+        return_scores: bool = False,
         **kwargs,
-    ) -> List[str]:
+    ) -> Union[List[str], List[ScoredAnswer]]:
         """Answer ``samples["text_input"]`` (a question, or one for each image) about ``samples["image"]``.
 
         Args:
             prompt: frame of the question, with ``{}`` in its place; one for all or a list. Empty takes
                 ``samples["prompt"]``, else the model's prompt if it has a ``{}``, else the bare question.
-            max_len: most new tokens.
-            inference_method, num_ans_candidates, answer_list: taken because LAVIS's VQA task passes them; answers
-                are always generated, as LAVIS main does for BLIP-2.
+            inference_method: ``generate`` writes an answer; ``rank`` takes the likeliest of ``answer_list``.
+            num_beams, max_len, min_len, length_penalty: of generation; ``max_len`` is the most new tokens.
+            num_ans_candidates, answer_list: see `rank_answers`.
+            return_scores: also say how likely the model finds each answer.
 
         Returns:
-            b answers.
+            b answers; with ``return_scores`` as `ScoredAnswer`.
 
         Raises:
-            ValueError: for an empty question, or counts of questions, prompts and images that differ.
+            ValueError: for an empty question, counts of questions, prompts and images that differ, an unknown
+                ``inference_method``, or ranking without candidates.
         """
+        if inference_method not in INFERENCE_METHODS:
+            raise ValueError(f"inference_method: expected one of {INFERENCE_METHODS}, got {inference_method!r}")
+        contexts = self._question_contexts(samples, prompt)
+        soft_prompt = self.encode(samples).soft_prompt
+        if inference_method == "rank":
+            with self.maybe_autocast():
+                ranked = rank_answers(
+                    self.opt_model, self.opt_tokenizer, soft_prompt, contexts, answer_list or [], num_ans_candidates
+                )
+            return ranked if return_scores else [answer.answer for answer in ranked]
         return self._continue(
-            self.encode(samples).soft_prompt,
-            self._question_contexts(samples, prompt),
+            soft_prompt,
+            contexts,
+            return_scores,
             do_sample=False,
             num_beams=num_beams,
             max_new_tokens=max_len,
@@ -438,23 +455,19 @@ class Blip2OPTKVMod(Blip2Base):
         prompt = prompt or samples.get("prompt") or (self.prompt if QUESTION in self.prompt else "")
         return question_contexts(self.opt_tokenizer, questions, prompt, self.max_txt_len)
 
-    def _continue(self, soft_prompt: Tensor, contexts: List[List[int]], **search) -> List[str]:
+    def _continue(self, soft_prompt: Tensor, contexts: List[List[int]], return_scores: bool, **search):
         """Let OPT continue each context behind its soft prompt up to the newline; returns what it adds."""
-        text = prompt_batch(self.opt_tokenizer, contexts, self.device)
-        # transformers 4.26 repeats ids and mask for beams and samples, but not query_embeds.
-        repeats = search.get("num_return_sequences", 1) if search["do_sample"] else search["num_beams"]
-        dtype = self.opt_model.get_input_embeddings().weight.dtype
+        tokenizer = self.opt_tokenizer
         with self.maybe_autocast():
-            generated = self.opt_model.generate(
-                input_ids=text.input_ids,
-                attention_mask=self._full_mask(soft_prompt, text),
-                query_embeds=soft_prompt.to(dtype).repeat_interleave(repeats, dim=0),
-                eos_token_id=self.eos_token_id,
-                pad_token_id=self.opt_tokenizer.pad_token_id,
-                **search,
-            )
-        new = generated[:, text.input_ids.shape[1] :]
-        return [s.strip() for s in self.opt_tokenizer.batch_decode(new, skip_special_tokens=True)]
+            added = continue_texts(self.opt_model, tokenizer, soft_prompt, contexts, stop=self.eos_token_id, **search)
+        texts = [text.strip() for text in tokenizer.batch_decode(added, skip_special_tokens=True)]
+        if not return_scores:
+            return texts
+        each = len(added) // len(contexts)
+        contexts = [context for context in contexts for _ in range(each)]
+        with self.maybe_autocast():
+            log_probs = score(self.opt_model, tokenizer, soft_prompt.repeat_interleave(each, dim=0), contexts, added)
+        return [ScoredAnswer(*row) for row in zip(texts, log_probs, map(len, added))]
 
     # ------------------------------------------------------------ features
 
@@ -476,6 +489,19 @@ class Blip2OPTKVMod(Blip2Base):
             image_embeds=encoded.query_output.last_hidden_state,
             image_embeds_proj=encoded.soft_prompt,
         )
+
+    @torch.no_grad()
+    def prefix_attention_share(self, samples: Dict[str, Any]) -> Optional[float]:
+        """How much of its attention the Q-Former gives to the prefix, in [0, 1]; None without KV modulation.
+
+        The mean over images, cross-attention layers, heads and queries. With a gate, whose two softmaxes each sum to
+        one, it is |tanh(g)| / (1 + |tanh(g)|).
+        """
+        if self.kv_prefix is None:
+            return None
+        maps = torch.stack(self.encode(samples, output_attentions=True).query_output.cross_attentions).float().abs()
+        of_prefix = maps[..., : self.kv_prefix.prefix_tokens.shape[0]].sum(-1)
+        return (of_prefix / maps.sum(-1)).mean().item()
 
     # ------------------------------------------------------------ weights
 
@@ -570,7 +596,12 @@ class Blip2OPTKVMod(Blip2Base):
             geometry=settings.vit_geometry,
             load=load,
         )
-        opt_model, opt_tokenizer = build_language_model(settings.opt_model, precision=settings.opt_precision, load=load)
+        opt_model, opt_tokenizer = build_language_model(
+            settings.opt_model,
+            precision=settings.opt_precision,
+            use_grad_checkpoint=settings.opt_grad_checkpoint,
+            load=load,
+        )
         qformer = QFormer(
             encoder_width=vision.visual_encoder.num_features,
             num_queries=settings.num_query_token,

@@ -61,6 +61,7 @@ class ModelSettings:
     # frozen language model
     opt_model: str = "facebook/opt-2.7b"  # Hugging Face name or local folder
     opt_precision: str = "fp16"
+    opt_grad_checkpoint: bool = False
     prompt: str = ""
     max_txt_len: int = 32
     apply_lemmatizer: bool = False
@@ -109,6 +110,7 @@ class ModelSettings:
             if getattr(self, key) not in allowed:
                 found.append(f"{key}: expected one of {', '.join(allowed)}; got {getattr(self, key)!r}")
         switches = ["freeze_vit", "kv_modulation", "load_finetuned", "cache_frozen_features"]
+        switches += ["use_grad_checkpoint", "opt_grad_checkpoint"]
         for key in switches:
             if not isinstance(getattr(self, key), bool):
                 found.append(f"{key}: expected true or false, got {getattr(self, key)!r}")

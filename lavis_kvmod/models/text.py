@@ -82,21 +82,31 @@ def _fit(tokenizer, template: str, question: str, max_length: int) -> List[int]:
     return ids
 
 
+def answer_ids(tokenizer, answer: str, what: str = "the answer") -> List[int]:
+    """Tokens of an answer as the model is to write it: a leading space, the text, the closing newline; never cut.
+
+    Raises:
+        ValueError: for an empty answer; ``what`` names it.
+    """
+    if not answer.strip():
+        raise ValueError(f"{what} is empty")
+    return tokenizer(f" {answer.strip()}\n", add_special_tokens=False).input_ids
+
+
 def answer_batch(tokenizer, contexts: Sequence[List[int]], answers: Sequence[str], device) -> TextBatch:
     """Contexts followed by their answers, padded on the right; the loss is on the answers alone.
-
-    An answer is a leading space, its text and the closing newline; it is never cut.
 
     Raises:
         ValueError: for an empty answer.
     """
-    rows, labels = [], []
-    for i, (context, answer) in enumerate(zip(contexts, answers)):
-        if not answer.strip():
-            raise ValueError(f"answer {i} of the batch is empty")
-        target = tokenizer(f" {answer.strip()}\n", add_special_tokens=False).input_ids
-        rows.append(context + target)
-        labels.append([IGNORED] * len(context) + target)
+    targets = [answer_ids(tokenizer, answer, f"answer {i} of the batch") for i, answer in enumerate(answers)]
+    return continuation_batch(tokenizer, contexts, targets, device)
+
+
+def continuation_batch(tokenizer, contexts: Sequence[List[int]], added: Sequence[List[int]], device) -> TextBatch:
+    """Contexts followed by token ids, padded on the right; only what was added is labelled."""
+    rows = [context + target for context, target in zip(contexts, added)]
+    labels = [[IGNORED] * len(context) + target for context, target in zip(contexts, added)]
     return _pad(tokenizer, rows, labels, side="right", device=device)
 
 

@@ -62,6 +62,23 @@ def test_published_geometry():
     assert [m.shape for m in out.cross_attentions] == [(2, 12, 32, 265)] * 6
 
 
+@pytest.mark.parametrize("gate", ["none", "tanh"])
+def test_prefix_attention_share(build, images, gate):
+    batch = {"image": images(2)}
+    model = build(prefix_gate=gate, num_prefix_tokens=3).eval()
+    share = model.prefix_attention_share(batch)
+    if gate == "tanh":
+        assert share == 0
+        model.kv_gate.data.fill_(0.5)
+        opened = torch.tensor(0.5).tanh().item()
+        assert model.prefix_attention_share(batch) == pytest.approx(opened / (1 + opened), rel=1e-5)
+    else:
+        maps = model.encode(batch, output_attentions=True).query_output.cross_attentions
+        assert share == pytest.approx(torch.stack(maps)[..., :3].sum(-1).mean().item())
+        assert 0 < share < 1
+    assert build(kv_modulation=False).prefix_attention_share(batch) is None
+
+
 def test_features_are_lavis_features(build, images):
     model = build()
     features = model.extract_features({"image": images(2)})
@@ -228,20 +245,23 @@ def test_loss_is_on_the_answer_alone(build, vqa_batch, monkeypatch):
     features = model.encode(vqa_batch).soft_prompt
     question = (text.labels == -100) & (text.attention_mask == 1)
     assert question.sum() > 10
-    again = model._language_loss(features, text, None)
+    again = model._language_loss(features, text, None)["loss"]
     assert torch.equal(again, loss)
     as_answer = text.labels.clone()
     as_answer[text.labels != -100] = as_answer[text.labels != -100].flip(0)
-    assert not torch.equal(model._language_loss(features, text._replace(labels=as_answer), None), loss)
+    assert not torch.equal(model._language_loss(features, text._replace(labels=as_answer), None)["loss"], loss)
     # the question still matters as input
     other = {**vqa_batch, "text_input": ["is the digit even", "is the digit even"]}
     assert not torch.equal(model(other)["loss"], loss)
 
 
 def test_all_answers_weighted(build, vqa_batch):
-    """`all` is the weighted token mean over every answer; `sample` takes one a question, by weight."""
+    """`all` is the weighted token mean over every answer, as is any loss in eval mode; `sample` takes one a question,
+    by weight."""
     model = build(answer_loss="all").eval()
-    together = model({**vqa_batch})["loss"]
+    out = model({**vqa_batch})
+    together = out["loss"]
+    assert torch.equal(build(answer_loss="sample").eval()({**vqa_batch})["loss"], together)
     total, mass = 0.0, 0.0
     rows = [0, 0, 0, 1]
     for row, answer, weight in zip(rows, vqa_batch["answer"], vqa_batch["weight"]):
@@ -257,6 +277,7 @@ def test_all_answers_weighted(build, vqa_batch):
         total += weight * tokens * model(one)["loss"].detach()
         mass += weight * tokens
     assert torch.allclose(together, total / mass, atol=1e-5)
+    assert torch.allclose(out["loss_weight"], torch.as_tensor(mass))
 
 
 def test_sampled_answers_follow_their_weights(build, vqa_batch):
@@ -267,6 +288,17 @@ def test_sampled_answers_follow_their_weights(build, vqa_batch):
     assert {answers[1] for answers in drawn} == {"red"}
     for answer, weight in zip(["seven", "one", "nine"], [0.6, 0.3, 0.1]):
         assert abs(first.count(answer) / 400 - weight) < 0.08
+
+
+def test_within_a_run_the_draw_hangs_on_epoch_and_question_alone(build, vqa_batch):
+    """Not on the random state, nor on what else is in the batch: several processes draw as one does."""
+    model = build()
+    alone = {**vqa_batch, "answer": vqa_batch["answer"][:3], "weight": vqa_batch["weight"][:3]}
+    alone.update(n_answers=vqa_batch["n_answers"][:1], text_input=vqa_batch["text_input"][:1])
+    drawn = [model._answers({**vqa_batch, "epoch": epoch})[1][0] for epoch in range(300)]
+    assert drawn == [model._answers({**alone, "epoch": epoch})[1][0] for epoch in range(300)]
+    for answer, weight in zip(["seven", "one", "nine"], [0.6, 0.3, 0.1]):
+        assert abs(drawn.count(answer) / 300 - weight) < 0.08
 
 
 def test_training_and_evaluation_use_one_prompt(build, vqa_batch):
