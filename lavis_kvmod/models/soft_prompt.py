@@ -92,7 +92,7 @@ def _up_to(stop: int, ids: List[int]) -> List[int]:
 def score(
     opt, tokenizer, soft_prompt: Tensor, contexts: Sequence[List[int]], added: Sequence[List[int]]
 ) -> List[float]:
-    """The log-probability of ``added`` behind each context, as the model itself has it, without a search's penalties."""
+    """The log-probability of ``added`` behind each context, as the model has it, without a search's penalties."""
     text = continuation_batch(tokenizer, contexts, added, soft_prompt.device)
     row, loss = token_losses(opt, soft_prompt, text)
     return loss.new_zeros(len(contexts)).index_add(0, row, -loss).tolist()
