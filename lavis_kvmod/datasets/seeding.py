@@ -12,15 +12,15 @@ from typing import Iterator, Union
 import numpy as np
 import torch
 
-__all__ = ["sample_seed", "seeded"]
+__all__ = ["seeded", "stable_hash"]
 
 Part = Union[int, str]
 
 
-def sample_seed(*parts: Part) -> int:
-    """A seed of 63 bits from numbers and texts, such as (run seed, epoch, sample id).
+def stable_hash(*parts: Part) -> int:
+    """A number of 63 bits from numbers and texts, such as (run seed, epoch, sample id).
 
-    The same on every machine and in every process, unlike Python's ``hash``. Other parts give another seed, also where
+    The same on every machine and in every process, unlike Python's ``hash``. Other parts give another, also where
     they only read alike: ``1`` and ``"1"``, or ``"ab", "c"`` and ``"a", "bc"``.
 
     Raises:
@@ -35,11 +35,11 @@ def sample_seed(*parts: Part) -> int:
 
 @contextlib.contextmanager
 def seeded(*parts: Part) -> Iterator[None]:
-    """Seed Python's, NumPy's and PyTorch's global generators (the CPU's) from `sample_seed`, for the block alone.
+    """Seed Python's, NumPy's and PyTorch's global generators (the CPU's) from `stable_hash`, for the block alone.
 
     Afterwards the three are as they were before.
     """
-    seed = sample_seed(*parts)
+    seed = stable_hash(*parts)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lavis_kvmod.datasets.seeding import sample_seed, seeded
+from lavis_kvmod.datasets.seeding import stable_hash, seeded
 
 
 def draws():
@@ -50,18 +50,18 @@ def test_the_generators_go_on_as_if_nothing_had_been_drawn():
 
 def test_another_process_gets_the_same_seed():
     """Unlike Python's hash of a string, which changes with each process."""
-    code = "from lavis_kvmod.datasets.seeding import sample_seed; print(sample_seed(42, 3, 'train-00000007'))"
+    code = "from lavis_kvmod.datasets.seeding import stable_hash; print(stable_hash(42, 3, 'train-00000007'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == sample_seed(42, 3, "train-00000007") == 8221820882486789452
+    assert int(done.stdout) == stable_hash(42, 3, "train-00000007") == 8221820882486789452
 
 
 def test_numbers_of_numpy_and_torch_count_as_the_numbers_they_are():
-    assert sample_seed(np.int64(7), "a") == sample_seed(torch.tensor(7), "a") == sample_seed(7, "a")
+    assert stable_hash(np.int64(7), "a") == stable_hash(torch.tensor(7), "a") == stable_hash(7, "a")
     with pytest.raises(TypeError):
-        sample_seed(0.5)
+        stable_hash(0.5)
 
 
 def test_a_seed_is_a_number_that_every_generator_takes():
     for i in range(200):
         with seeded(i):
-            assert 0 <= sample_seed(i) < 2**63
+            assert 0 <= stable_hash(i) < 2**63
