@@ -7,14 +7,14 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 import torch
 from lavis.processors.blip_processors import BlipImageBaseProcessor
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from lavis_kvmod.datasets.images import read_image
 from lavis_kvmod.tasks.evaluation import Evaluated, Row
 
 SHOWN = 4  # examples of each kind
 _SIDE = 256  # pixels of a thumbnail's longer side
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class Examples(NamedTuple):
@@ -73,7 +73,7 @@ def thumbnail(row: Row, evaluated: Evaluated) -> Optional[Image.Image]:
     """
     try:
         image = _from_file(row, evaluated.dataset) or _from_data_set(row, evaluated)
-    except _UNREADABLE as error:
+    except (OSError, ValueError) as error:  # what reading images raises, here and in data sets
         logging.warning("the report shows no picture of %s: %s", row["image"], error)
         return None
     if image is None:
@@ -91,8 +91,7 @@ def _from_file(row: Row, dataset) -> Optional[Image.Image]:
     path = Path(getattr(dataset, "vis_root", None) or "") / row["image"]  # an absolute path survives the join
     if not path.is_file():
         return None
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    return read_image(path)
 
 
 def _from_data_set(row: Row, evaluated: Evaluated) -> Optional[Image.Image]:

@@ -11,8 +11,10 @@ from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
 from torch import Tensor
 
+from lavis_kvmod.datasets.bad_samples import BadSampleCounter
 from lavis_kvmod.distributed import gather
 from lavis_kvmod.progress import Progress
+from lavis_kvmod.tasks.batches import steps
 from lavis_kvmod.tasks.predictions import write_predictions
 
 Row = Dict[str, Any]
@@ -73,16 +75,20 @@ class DatasetEvaluation:
         `after_evaluation`."""
         self._loss, self._bad, self._pictures = (0.0, 0.0), [], {}
         results: List[Row] = []
-        for samples in Progress(data_loader, "evaluating"):
-            self._bad += samples.pop("bad_samples", [])
-            annotations = samples.pop("annotation", None)
+        for step in steps(data_loader, Progress(data_loader, "evaluating"), model, self.has_targets):
+            samples = step.samples
+            bad, annotations = samples.pop("bad_samples", []), samples.pop("annotation", None)
             samples = prepare_sample(samples, cuda_enabled=cuda_enabled)
             rows = self.valid_step(model=model, samples=samples)
+            loss = self._weighted_loss(model, samples) if self.valid_loss and step.all_have_targets else (0.0, 0.0)
+            if not step.counts:
+                continue
             if annotations is not None:
                 rows = [{**row, "annotation": annotation} for row, annotation in zip(rows, annotations)]
                 self._keep_pictures(rows, samples["image"])
             results += rows
-            self._add_loss(model, samples)
+            self._bad += bad
+            self._loss = (self._loss[0] + loss[0], self._loss[1] + loss[1])
         return results
 
     def after_evaluation(self, val_result, split_name, epoch=None, **kwargs) -> Optional[Dict[str, Any]]:
@@ -118,15 +124,14 @@ class DatasetEvaluation:
 
     # ------------------------------------------------------------ while the batches pass
 
-    def _add_loss(self, model, samples: Dict[str, Any]) -> None:
-        if not self.valid_loss or not self.has_targets(samples):
-            return
+    def _weighted_loss(self, model, samples: Dict[str, Any]) -> Tuple[float, float]:
+        """A batch's loss times its weight, and that weight; random numbers are drawn as if it had not been."""
         device = samples["image"].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             output = model(self.with_prompt(dict(samples)))
         # Another model than ours does not say over how many tokens its mean is: then each sample counts the same.
         weight = float(output.get("loss_weight", len(samples["image"])))
-        self._loss = (self._loss[0] + float(output["loss"]) * weight, self._loss[1] + weight)
+        return float(output["loss"]) * weight, weight
 
     def with_prompt(self, samples: Dict[str, Any]) -> Dict[str, Any]:
         """``samples`` as the training loss sees them."""
@@ -153,14 +158,11 @@ class DatasetEvaluation:
         return [by_instance[row["instance_id"]] for row in rows]
 
     def _count_bad(self, num_good: int, bad: List[str], epoch) -> None:
-        if not bad:
-            return
-        from lavis_kvmod.datasets.bad_samples import BadSampleCounter
-
-        counter = BadSampleCounter(getattr(self._dataset, "max_bad_share", 0.05), log=logging.warning)
+        share = getattr(self._dataset, "max_bad_share", None)
+        log = logging.warning if is_main_process() else (lambda *args: None)
+        counter = BadSampleCounter(log=log, **({} if share is None else {"max_share": share}))
         counter.update(num_good, bad)
-        if is_main_process():
-            counter.report(epoch)
+        counter.report(epoch)
 
     def _write_leaderboard(self, rows: List[Row], folder: Path) -> None:
         write = getattr(self._dataset, "write_leaderboard", None)
