@@ -16,6 +16,8 @@ _REGISTERED = (
     ("task", "kvmod_captioning", "lavis_kvmod.tasks.captioning", "KVModCaptionTask"),
     ("builder", "digits_vqa", "lavis_kvmod.datasets.digits", "DigitsVQABuilder"),
     ("builder", "digits_caption", "lavis_kvmod.datasets.digits", "DigitsCaptionBuilder"),
+    ("builder", "wds_vqa", "lavis_kvmod.datasets.shards.builders", "WdsVQABuilder"),
+    ("builder", "wds_caption", "lavis_kvmod.datasets.shards.builders", "WdsCaptionBuilder"),
 )
 
 
