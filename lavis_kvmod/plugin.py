@@ -23,6 +23,9 @@ _REGISTERED = (
     ("builder", "digits_caption", "lavis_kvmod.datasets.digits", "DigitsCaptionBuilder"),
     ("builder", "wds_vqa", "lavis_kvmod.datasets.shards.builders", "WdsVQABuilder"),
     ("builder", "wds_caption", "lavis_kvmod.datasets.shards.builders", "WdsCaptionBuilder"),
+    ("builder", "custom_vqa", "lavis_kvmod.datasets.custom", "CustomVQABuilder"),
+    ("builder", "custom_caption", "lavis_kvmod.datasets.custom", "CustomCaptionBuilder"),
+    ("builder", "artquest", "lavis_kvmod.datasets.artquest", "ArtQuestBuilder"),
     ("builder", "vqav2", "lavis_kvmod.datasets.vqav2", "VQAv2Builder"),
     ("builder", "textvqa", "lavis_kvmod.datasets.textvqa", "TextVQABuilder"),
 )
