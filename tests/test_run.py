@@ -289,7 +289,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(run_file, m
         return {"loss": forward(self, samples)["loss"] * (float("nan") if len(calls) == 5 else 1)}
 
     monkeypatch.setattr(Blip2OPTKVMod, "forward", broken)
-    with pytest.raises(FloatingPointError, match=r"the loss is nan in epoch 1, batch 1 \(text_input"):
+    with pytest.raises(FloatingPointError, match=r"the loss is nan in epoch 1, batch 1 \(image_key"):
         train(run_file())
     assert checkpoints.read(only_run(tmp_path) / "checkpoint_last.pth")["epoch"] == 0
 

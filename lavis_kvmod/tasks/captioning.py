@@ -6,10 +6,11 @@ from typing import Any, Dict, List, Optional
 from lavis.common.dist_utils import is_main_process
 from lavis.tasks.captioning import CaptionTask
 
+from lavis_kvmod.tasks.datasets import BuildsDatasets
 from lavis_kvmod.tasks.evaluation import DatasetEvaluation, as_list, plain_id
 
 
-class KVModCaptionTask(DatasetEvaluation, CaptionTask):
+class KVModCaptionTask(DatasetEvaluation, CaptionTask, BuildsDatasets):
     """LAVIS's captioning task with image ids of any type, scored against the data set's own captions."""
 
     @classmethod

@@ -7,6 +7,7 @@ from lavis.common.dist_utils import is_main_process
 from lavis.tasks.vqa import VQATask
 
 from lavis_kvmod.models.text import QUESTION
+from lavis_kvmod.tasks.datasets import BuildsDatasets
 from lavis_kvmod.tasks.evaluation import DatasetEvaluation, as_list, plain_id
 from lavis_kvmod.tasks.vqa_accuracy import accuracy, accuracy_by_type
 
@@ -14,7 +15,7 @@ from lavis_kvmod.tasks.vqa_accuracy import accuracy, accuracy_by_type
 DEFAULT_PROMPT = "Question: {} Short answer:"
 
 
-class KVModVQATask(DatasetEvaluation, VQATask):
+class KVModVQATask(DatasetEvaluation, VQATask, BuildsDatasets):
     """LAVIS's VQA task with one prompt for training and evaluation, and metrics from the data set's own answers.
 
     The prompt is ``run.prompt``, else ``model.prompt`` where it has a place for the question, else
