@@ -77,6 +77,7 @@ setup(
         "filelock",
         "omegaconf",
         "pillow",
+        "pycocoevalcap",
         "safetensors",
         "timm",  # LAVIS pins the versions of timm, transformers and so of tokenizers
         "tokenizers",
