@@ -216,6 +216,10 @@ def _data_problems(datasets: DictConfig) -> List[str]:
     """Images and annotations that LAVIS's builders would look for and not find."""
     problems = []
     for name, section in datasets.items():
+        builder = registry.get_builder_class(name)
+        if hasattr(builder, "config_problems"):  # ours look into their files
+            problems += [f"datasets.{name}: {problem}" for problem in builder.config_problems(section)]
+            continue
         info = section.get("build_info")
         if not info:
             continue

@@ -13,6 +13,7 @@ import torch
 
 from lavis_kvmod.checkpoints import CheckpointError
 from lavis_kvmod.config import ConfigurationError, KVModConfig, load_config
+from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.distributed import from_main, get_rank, init_distributed
 
 
@@ -83,7 +84,7 @@ def run_command(command: Callable[[str, List[str]], object], description: str, a
     set_up_logging()
     try:
         command(args.cfg_path, args.options)
-    except (ConfigurationError, CheckpointError, FileNotFoundError) as error:
+    except (ConfigurationError, CheckpointError, BadDataError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
