@@ -19,6 +19,8 @@ from lavis_kvmod.checkpoints import quick_problem
 from lavis_kvmod.models.settings import ModelSettings, SettingsError
 from lavis_kvmod.paths import resolve_config
 from lavis_kvmod.precision import amp_problems
+from lavis_kvmod.runners.settings import RUN_KEYS, run_key_problems
+from lavis_kvmod.sharding import sharding_problems
 from lavis_kvmod.weights import WeightFile
 
 ARCH = "blip2_opt_kvmod"
@@ -48,10 +50,10 @@ RUN_DEFAULTS: Dict[str, Any] = {
 }
 
 # Keys of LAVIS's runners and tasks, and ours, that have no entry above.
-OPTIONAL_RUN_KEYS = set(
+OPTIONAL_RUN_KEYS = set(RUN_KEYS) | set(
     "runner prompt num_beams max_len min_len inference_method num_ans_candidates report_metric warmup_lr warmup_steps "
     "lr_decay_rate beta2 amp accum_grad_iters log_freq resume_ckpt_path use_dist_eval_sampler train_dataset_ratios "
-    "max_iters iters_per_inner_epoch k_test max_grad_norm rank gpu dist_backend length_penalty top_p temperature "
+    "max_iters iters_per_inner_epoch k_test rank gpu dist_backend length_penalty top_p temperature "
     "repetition_penalty task_type".split()
 )
 
@@ -181,8 +183,9 @@ def _run_problems(run: DictConfig) -> List[str]:
         value = run.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             problems.append(f"run.{key}: expected a whole number above 0, got {value!r}")
+    problems += run_key_problems(OmegaConf.to_container(run, resolve=True)) + sharding_problems(run)
     resume = run.get("resume_ckpt_path")
-    if resume:
+    if resume and resume != "auto":
         problem = _weights_problem(WeightFile("checkpoint to resume from", str(resume), "run.resume_ckpt_path"))
         problems += [problem] if problem else []
     for key in run:
