@@ -416,7 +416,9 @@ class RunnerKVMod(RunnerBase):
             state.loss_sum += result.loss
         if is_last:
             self._step(i)
-        return is_last, stop > 0
+        if not self.use_distributed:  # nobody to agree with, so what came during the step counts too
+            stop = self.signals.received is not None
+        return is_last, bool(stop)
 
     def _step(self, i: int) -> None:
         state = self.state
