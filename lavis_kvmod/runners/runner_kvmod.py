@@ -30,7 +30,7 @@ from lavis_kvmod.precision import amp_dtype, needs_grad_scaler
 from lavis_kvmod.progress import Progress
 from lavis_kvmod.runners import resuming
 from lavis_kvmod.runners.environment import environment
-from lavis_kvmod.runners.loaders import PADDING, EpochLoader, eval_loader, stream_of
+from lavis_kvmod.runners.loaders import PADDING, EpochLoader, eval_loader, stay_calm, stream_of
 from lavis_kvmod.runners.optimizers import build_optimizer
 from lavis_kvmod.runners.pace import Pace
 from lavis_kvmod.runners.run_folder import BEST, RunFolder, find_newest_run
@@ -215,7 +215,7 @@ class RunnerKVMod(RunnerBase):
         )
         stream = stream_of(dataset)
         if stream is not None:
-            return stream.make_loader(is_train=is_train, **settings)
+            return stream.make_loader(is_train=is_train, worker_init_fn=stay_calm, **settings)
         if isinstance(dataset, (tuple, list)) or not hasattr(dataset, "__len__"):
             raise NotImplementedError(
                 f"split {split!r}: runner_kvmod reads map-style data sets, and one streamed set that has make_loader; "
@@ -225,11 +225,8 @@ class RunnerKVMod(RunnerBase):
         if len(dataset) == 0 and split in used:
             raise ValueError(f"split {split!r} of the data set is empty")
         logging.info("%s: %d samples", split, len(dataset))
-        settings["collate"] = getattr(dataset, "collater", None)
-        if is_train:
-            return EpochLoader(dataset, **settings)
-        # Sharded layers are gathered from all ranks, so all must run as many batches: see `lavis_kvmod.sharding`.
-        return eval_loader(dataset, equal=bool(self._run_key("fsdp", False)), **settings)
+        make = EpochLoader if is_train else eval_loader
+        return make(dataset, collate=getattr(dataset, "collater", None), **settings)
 
     # ------------------------------------------------------------ the run
 
@@ -416,7 +413,9 @@ class RunnerKVMod(RunnerBase):
             state.loss_sum += result.loss
         if is_last:
             self._step(i)
-        return is_last, stop > 0
+        if not self.use_distributed:  # nobody to agree with, so what came during the step counts too
+            stop = self.signals.received is not None
+        return is_last, bool(stop)
 
     def _step(self, i: int) -> None:
         state = self.state

@@ -3,13 +3,18 @@
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
+
+from lavis_kvmod import checkpoints
+from lavis_kvmod.train import train
 
 WORDS = ["red", "seven", "yes", "the ink is blue", "a cat on a mat", "no, it is even"]
 
@@ -134,3 +139,59 @@ def runs(tmp_path):
         return sorted(p for p in (Path(tmp_path) / folder / "output").iterdir() if p.is_dir())
 
     return find
+
+
+def _killed_before_step(path, step, options=(), signum=signal.SIGKILL):
+    """What a child process does: train, and send itself a signal before optimizer step ``step`` (from 0)."""
+
+    def run():
+        take, taken = torch.optim.AdamW.step, []
+
+        def step_or_die(self, *args, **kwargs):
+            if len(taken) == step:
+                os.kill(os.getpid(), signum)
+            taken.append(1)
+            return take(self, *args, **kwargs)
+
+        torch.optim.AdamW.step = step_or_die
+        train(path, list(options))
+
+    return run
+
+
+def _flat(value, name=""):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            yield from _flat(inner, f"{name}.{i}")
+    else:
+        yield name, value
+
+
+def _assert_same_run(first, second):
+    """Checkpoints equal in every bit (parameters, optimizer, randomness, position, metrics), and so are the logs."""
+    for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
+        one, two = (dict(_flat({**checkpoints.read(f / name), "config": None, "log": None})) for f in (first, second))
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            same = torch.equal(value, two[key]) if isinstance(value, torch.Tensor) else value == two[key]
+            assert same, f"{name}: {key}"
+    one, two = ((folder / "log.txt").read_text().splitlines() for folder in (first, second))
+    # A run that was killed before it saved anything starts anew, with the option it was then given.
+    assert [line for line in one if "resume_ckpt_path" not in line] == [
+        line for line in two if "resume_ckpt_path" not in line
+    ]
+
+
+@pytest.fixture()
+def killed_before_step():
+    """A function: what a child process does that trains, and is sent a signal before optimizer step n (from 0)."""
+    return _killed_before_step
+
+
+@pytest.fixture()
+def assert_same_run():
+    """A function: two run folders end alike, bit for bit."""
+    return _assert_same_run
