@@ -72,6 +72,7 @@ setup(
         "numpy<2",  # LAVIS's opencv-python-headless 4.5.5.64 was built for NumPy 1
         "torch>=2.4",
         "torchvision",
+        "braceexpand",
         "efficientnet_pytorch==0.7.1",
         "filelock",
         "omegaconf",
@@ -82,6 +83,7 @@ setup(
         "tokenizers",
         "tqdm",
         "transformers",
+        "webdataset>=0.2.100",  # the newest for Python 3.8 and 3.9; tested with 1.0.2 too
     ],
     extras_require={"demo": DEMO, "dev": DEMO + DEV},
 )

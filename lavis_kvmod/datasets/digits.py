@@ -50,12 +50,15 @@ class _Digits(BaseDataset):
         """The annotations of one scan."""
         raise NotImplementedError
 
+    def picture(self, annotation: Dict[str, Any]) -> Image.Image:
+        """The picture that an annotation belongs to."""
+        return Image.fromarray(self._pictures[annotation["scan"]])
+
     def _image(self, annotation: Dict[str, Any]) -> Dict[str, Any]:
         """``image``, and ``image_key`` where the processor gives the same pixels every time."""
-        row = annotation["scan"]
-        sample = {"image": self.vis_processor(Image.fromarray(self._pictures[row]))}
+        sample = {"image": self.vis_processor(self.picture(annotation))}
         if isinstance(self.vis_processor, BlipImageEvalProcessor):
-            sample["image_key"] = self.scans[row].key
+            sample["image_key"] = self.scans[annotation["scan"]].key
         return sample
 
 

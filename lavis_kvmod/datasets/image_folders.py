@@ -27,7 +27,7 @@ class ImageFolders:
 
     def __init__(self, roots: Union[str, Path, Sequence[Union[str, Path]]]):
         roots = [roots] if isinstance(roots, (str, Path)) else list(roots)
-        self.roots = [os.path.abspath(os.path.expanduser(str(root))) for root in roots]
+        self.roots = list(dict.fromkeys(os.path.abspath(os.path.expanduser(str(root))) for root in roots))
         for root in self.roots:
             if not os.path.isdir(root):
                 raise FileNotFoundError(f"no folder {root}")
@@ -71,28 +71,30 @@ class ImageFolders:
         for table, path_of in ((self._by_name, str), (self._by_stem, _without_suffix)):
             fitting = self._fitting(wanted, table, path_of)
             if len(fitting) > 1:
-                first, second = (os.path.join(*place) for place in fitting[:2])
                 raise BadImageError(
-                    f"{name}: {len(fitting)} files fit, such as {first} and {second}; write the path below the folder"
+                    f"{name}: {len(fitting)} files fit, such as {fitting[0]} and {fitting[1]}; write the path below "
+                    f"the folder"
                 )
             if fitting:
-                return os.path.join(*fitting[0])
+                return fitting[0]
         for root in self.roots:  # hidden files, and paths that leave the folder
             if wanted and os.path.isfile(os.path.join(root, wanted)):
                 return os.path.join(root, wanted)
         raise MissingImageError(f"{name}: no such image below {', '.join(self.roots)}")
 
     @staticmethod
-    def _fitting(wanted: str, table, path_of) -> List[Tuple[str, str]]:
+    def _fitting(wanted: str, table, path_of) -> List[str]:
+        """The paths of all that fit (a file below two folders, one of them in the other, counts once)."""
         places = table.get(wanted.rsplit("/", 1)[-1], [])
         exact = [place for place in places if path_of(place[1]) == wanted]
-        return exact or [place for place in places if path_of(place[1]).endswith("/" + wanted)]
+        fitting = exact or [place for place in places if path_of(place[1]).endswith("/" + wanted)]
+        return list(dict.fromkeys(os.path.join(root, *below.split("/")) for root, below in fitting))
 
     def name_of(self, path: str) -> str:
-        """An image's path below its folder, with "/": the same on every machine (as given, if it is in no folder)."""
-        for root in self.roots:
-            if path.startswith(root.rstrip(os.sep) + os.sep):
-                return os.path.relpath(path, root).replace(os.sep, "/")
+        """An image's path below its folder, or below what several folders have in common, with "/": the same on every
+        machine. A path that is elsewhere is its own name."""
+        if any(path.startswith(root.rstrip(os.sep) + os.sep) for root in self.roots):
+            return os.path.relpath(path, os.path.commonpath(self.roots)).replace(os.sep, "/")
         return path
 
 

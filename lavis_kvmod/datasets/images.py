@@ -52,7 +52,7 @@ def read_image(source: ImageSource, *, max_pixels: Optional[int] = None, name: O
         with _no_truncated_images(), Image.open(source) as image:
             _refuse_bomb(image, Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels)
             image.load()
-            return _to_rgb(_upright(image))
+            return _to_rgb(_upright(image), image.format)
     except MemoryError:
         raise  # the machine's fault, not the image's
     except Exception as error:  # damaged files make Pillow's decoders raise errors of almost any type
@@ -81,15 +81,13 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, file_format: Optional[str]) -> Image.Image:
     if image.mode.startswith("I;16"):
         return _from_16_bit(image)
-    if image.mode == "I" and image.format in _SIXTEEN_BIT_AS_INTEGER:
+    if image.mode == "I" and file_format in _SIXTEEN_BIT_AS_INTEGER:
         return _from_16_bit(image)
     if image.mode in ("I", "F"):
-        raise ValueError(
-            f"its pixels are 32-bit numbers (mode {image.mode}) of unknown range; save it with 8 or 16 bits"
-        )
+        raise ValueError(f"its pixels are 32-bit numbers (mode {image.mode}) of unknown range; save it as 8 or 16 bits")
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -28,7 +28,9 @@ def stable_hash(*parts: Part) -> int:
     """
     digest = hashlib.sha256()
     for part in parts:
-        text = (f"str:{part}" if isinstance(part, str) else f"int:{operator.index(part)}").encode()
+        text = (f"str:{part}" if isinstance(part, str) else f"int:{operator.index(part)}").encode(
+            "utf-8", "surrogatepass"
+        )
         digest.update(len(text).to_bytes(8, "little") + text)
     return int.from_bytes(digest.digest()[:8], "little") >> 1
 

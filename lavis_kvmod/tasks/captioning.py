@@ -6,12 +6,13 @@ from typing import Any, Dict, List, Sequence, Set, Tuple
 from lavis.tasks.captioning import CaptionTask
 
 from lavis_kvmod.tasks.caption_metrics import METRICS, CaptionScores, aggregate, score_captions
+from lavis_kvmod.tasks.datasets import BuildsDatasets
 from lavis_kvmod.tasks.evaluation import DatasetEvaluation, Row, plain_id, unscored, with_scores
 from lavis_kvmod.tasks.ground_truth import captions_of
 from lavis_kvmod.tasks.predictions import confidence
 
 
-class KVModCaptionTask(DatasetEvaluation, CaptionTask):
+class KVModCaptionTask(DatasetEvaluation, CaptionTask, BuildsDatasets):
     """LAVIS's captioning task with image ids of any type, scored against the data set's own captions.
 
     Args:

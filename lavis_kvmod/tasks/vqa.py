@@ -8,6 +8,7 @@ from lavis.tasks.vqa import VQATask
 from lavis_kvmod.config import ConfigurationError
 from lavis_kvmod.models.text import QUESTION
 from lavis_kvmod.tasks.answer_list import read_answer_list
+from lavis_kvmod.tasks.datasets import BuildsDatasets
 from lavis_kvmod.tasks.evaluation import DatasetEvaluation, Row, plain_id, unscored, with_scores
 from lavis_kvmod.tasks.ground_truth import Truth, official_truth, truth_of
 from lavis_kvmod.tasks.predictions import confidence
@@ -17,7 +18,7 @@ from lavis_kvmod.tasks.vqa_accuracy import Scored, accuracy, cannot_be_matched, 
 DEFAULT_PROMPT = "Question: {} Short answer:"
 
 
-class KVModVQATask(DatasetEvaluation, VQATask):
+class KVModVQATask(DatasetEvaluation, VQATask, BuildsDatasets):
     """LAVIS's VQA task with one prompt for training and evaluation, and metrics from the data set's own answers.
 
     The prompt is ``run.prompt``, else ``model.prompt`` where it has a place for the question, else
