@@ -145,10 +145,10 @@ class DatasetEvaluation:
     # ------------------------------------------------------------ when all have passed
 
     def _in_order(self, rows: Iterable[Row]) -> List[Row]:
-        """Each instance once, in the data set's order, however many ranks there were."""
+        """Each instance once, in the data set's order (streamed ones by their ids), however many ranks there were."""
         unique = {row["instance_id"]: row for row in rows}
         place = {ann["instance_id"]: i for i, ann in enumerate(getattr(self._dataset, "annotation", None) or [])}
-        return sorted(unique.values(), key=lambda row: place.get(row["instance_id"], len(place)))
+        return sorted(unique.values(), key=lambda row: (place.get(row["instance_id"], len(place)), row["instance_id"]))
 
     def _annotations(self, rows: List[Row]) -> List[Row]:
         """Each row's annotation: the one that came with it (taken out of the row), else the data set's."""

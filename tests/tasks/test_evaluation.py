@@ -356,10 +356,16 @@ class Streamed:
         return len(self._source)
 
     def __iter__(self):
-        for start in range(0, len(self), 2):
-            places = range(start, min(start + 2, len(self)))
+        order = [i for i in (4, 5, 2, 3, 0, 1) if i < len(self)]  # as another number of ranks may give them
+        for start in range(0, len(order), 2):
+            places = order[start : start + 2]
             batch = self._source.collater([self._source[i] for i in places])
             yield {**batch, "annotation": [self._source.annotation[i] for i in places]}
+
+
+def without_confidence(row):
+    """Other batches give it other last digits."""
+    return {key: value for key, value in row.items() if key not in ("confidence", "log_prob", "mean_log_prob")}
 
 
 @pytest.mark.parametrize("kind", ["vqa", "captions"])
@@ -376,7 +382,8 @@ def test_streamed_samples_bring_their_annotations(build, questions, captions, re
     got = task.after_evaluation(
         val_result=task.evaluation(model, stream, cuda_enabled=False), split_name="val", epoch=0
     )
-    assert got == expected and rows_of(result_dir) == rows
+    assert got.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-5) and got == expected
+    assert list(map(without_confidence, rows_of(result_dir))) == list(map(without_confidence, rows))
     assert set(task.evaluated["val"].pictures) == {row["instance_id"] for row in rows}
 
 
