@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lavis_kvmod.datasets.seeding import stable_hash, seeded
+from lavis_kvmod.datasets.seeding import seeded, stable_hash
 
 
 def draws():
