@@ -72,15 +72,18 @@ setup(
         "numpy<2",  # LAVIS's opencv-python-headless 4.5.5.64 was built for NumPy 1
         "torch>=2.4",
         "torchvision",
+        "braceexpand",
         "efficientnet_pytorch==0.7.1",
         "filelock",
         "omegaconf",
         "pillow",
+        "pycocoevalcap",
         "safetensors",
         "timm",  # LAVIS pins the versions of timm, transformers and so of tokenizers
         "tokenizers",
         "tqdm",
         "transformers",
+        "webdataset>=0.2.100",  # the newest for Python 3.8 and 3.9; tested with 1.0.2 too
     ],
     extras_require={"demo": DEMO, "dev": DEMO + DEV},
 )

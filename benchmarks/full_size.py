@@ -26,10 +26,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/full_size.json")
     parser.add_argument("--files", help="keep the weight files in this folder (and use those that are there)")
-    parser.add_argument("--step", choices=["files", "ours", "stock"], help=argparse.SUPPRESS)
+    parser.add_argument("--convert", action="store_true", help="measure `lavis-kvmod convert` instead (31 GB of disk)")
+    parser.add_argument("--step", choices=["files", "ours", "stock", "convert"], help=argparse.SUPPRESS)
+    parser.add_argument("convert_args", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:
-        {"files": write_files, "ours": measure_ours, "stock": measure_stock}[args.step]()
+        steps = {"files": write_files, "ours": measure_ours, "stock": measure_stock}
+        steps["convert"] = lambda: measure_conversion(args.convert_args)
+        steps[args.step]()
         return
 
     folder = Path(args.files or tempfile.mkdtemp(prefix="full_size.", dir="."))
@@ -40,6 +44,9 @@ def main():
             print("writing weight files …", flush=True)
             run_step("files", env)
             (folder / "complete").touch()
+        if args.convert:
+            measure_conversions(folder, env)
+            return
         ours = run_step("ours", env)
         stock = run_step("stock", env)
     finally:
@@ -60,8 +67,8 @@ def main():
         print(f"{name:<26} {value}")
 
 
-def run_step(step: str, env) -> dict:
-    command = [sys.executable, "-W", "ignore", __file__, "--step", step]
+def run_step(step: str, env, *arguments) -> dict:
+    command = [sys.executable, "-W", "ignore", __file__, "--step", step, "--", *map(str, arguments)]
     done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
     last = done.stdout.strip().splitlines()[-1:]
     return json.loads(last[0]) if last else {}
@@ -137,6 +144,34 @@ def write_tokenizer(folder: Path):
 
 
 # ------------------------------------------------------------------ measurements
+
+
+def measure_conversions(folder: Path, env):
+    """LAVIS's files to a Hugging Face folder, that to one .pth, that to .safetensors: the memory each adds."""
+    hub, made = folder / "torch" / "hub" / "checkpoints", folder / "converted"
+    (blip2,) = hub.glob("blip2*.pth")
+    opt = next((folder / "hf" / "hub" / OPT_REPOSITORY / "snapshots").iterdir())
+    made.mkdir(exist_ok=True)
+    for source, target, parts in [
+        (blip2, made / "folder", [f"--vit={hub / 'eva_vit_g.pth'}", f"--opt={opt}"]),
+        (made / "folder", made / "all.pth", []),
+        (made / "all.pth", made / "all.safetensors", []),
+    ]:
+        done = run_step("convert", env, source, target, *parts)
+        ratio = done["added_mib"] / done["largest_mib"]
+        print(f"{source.name} -> {target.name}: {done['added_mib']:.0f} MiB, {ratio:.2f} x the largest tensor")
+    shutil.rmtree(made)
+
+
+def measure_conversion(arguments):
+    import lavis_kvmod.conversion.command  # noqa: F401  (what it imports is the program's own memory)
+    from lavis_kvmod.cli import main as lavis_kvmod
+    from lavis_kvmod.progress import resident_peak_gib
+
+    before = resident_peak_gib()
+    lavis_kvmod(["convert", *arguments])
+    added = (resident_peak_gib() - before) * 1024
+    print(json.dumps({"added_mib": added, "largest_mib": 50272 * 2560 * 2 / 2**20}))
 
 
 def measure_ours():

@@ -4,21 +4,24 @@ heavy is loaded."""
 import argparse
 import difflib
 import logging
-from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import lavis.common.optims  # noqa: F401  (registers the learning-rate schedules)
 import torch
 from lavis.common.config import Config
 from lavis.common.registry import registry
-from lavis.common.utils import get_cache_path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_kvmod.checkpoints import quick_problem
+from lavis_kvmod.datasets.checks import data_problems, keep_used_splits
 from lavis_kvmod.models.settings import ModelSettings, SettingsError
 from lavis_kvmod.paths import resolve_config
+from lavis_kvmod.plugin import use_cache_root
 from lavis_kvmod.precision import amp_problems
+from lavis_kvmod.runners import settings as runner_settings
+from lavis_kvmod.sharding import sharding_problems
+from lavis_kvmod.tasks import settings as task_settings
 from lavis_kvmod.weights import WeightFile
 
 ARCH = "blip2_opt_kvmod"
@@ -51,9 +54,9 @@ RUN_DEFAULTS: Dict[str, Any] = {
 OPTIONAL_RUN_KEYS = set(
     "runner prompt num_beams max_len min_len inference_method num_ans_candidates report_metric warmup_lr warmup_steps "
     "lr_decay_rate beta2 amp accum_grad_iters log_freq resume_ckpt_path use_dist_eval_sampler train_dataset_ratios "
-    "max_iters iters_per_inner_epoch k_test max_grad_norm rank gpu dist_backend length_penalty top_p temperature "
+    "max_iters iters_per_inner_epoch k_test rank gpu dist_backend length_penalty top_p temperature "
     "repetition_penalty task_type".split()
-)
+).union(task_settings.RUN_KEYS, runner_settings.RUN_KEYS)
 
 
 class ConfigurationError(ValueError):
@@ -113,12 +116,12 @@ def load_config(cfg_path: str, options: Sequence[str] = ()) -> KVModConfig:
     except Exception as error:  # PyYAML's errors share no base that OmegaConf exposes
         raise ConfigurationError(path, [f"not valid YAML: {error}"]) from error
 
-    problems = _name_problems(raw)
+    problems = _name_problems(raw) + _use_cache_root(raw)
     if problems:  # names decide which defaults to merge, so nothing more can be checked
         raise ConfigurationError(path, problems + _run_problems(OmegaConf.merge(RUN_DEFAULTS, raw.get("run") or {})))
     cfg = KVModConfig(path, options)
     problems = _run_problems(cfg.run_cfg) + _model_problems(cfg.model_cfg)
-    problems += _image_size_problems(cfg) + _data_problems(cfg.datasets_cfg)
+    problems += _image_size_problems(cfg) + (keep_used_splits(cfg) or data_problems(cfg))
     if problems:
         raise ConfigurationError(path, problems)
     return cfg
@@ -166,6 +169,15 @@ def _name_problems(raw: DictConfig) -> List[str]:
     return problems
 
 
+def _use_cache_root(raw: DictConfig) -> List[str]:
+    """Have data looked for where ``env.cache_root`` says; the problem with it, if there is one."""
+    root = OmegaConf.select(raw, "env.cache_root")
+    if root is not None and not (isinstance(root, str) and root):
+        return [f"env.cache_root: expected the path of a folder, got {root!r}"]
+    use_cache_root(root)
+    return []
+
+
 def _run_problems(run: DictConfig) -> List[str]:
     problems = []
     try:
@@ -177,12 +189,14 @@ def _run_problems(run: DictConfig) -> List[str]:
         problems.append("run.device: cuda, but this machine (or this PyTorch) has no CUDA; set run.device: cpu")
     has_bf16 = device_type == "cuda" and has_cuda and torch.cuda.is_bf16_supported()
     problems += amp_problems(run.get("amp", False), device_type, has_bf16 or not has_cuda)
+    problems += task_settings.task_problems(run)
     for key in ("batch_size_train", "batch_size_eval", "max_epoch", "accum_grad_iters"):
         value = run.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             problems.append(f"run.{key}: expected a whole number above 0, got {value!r}")
+    problems += runner_settings.run_key_problems(OmegaConf.to_container(run, resolve=True)) + sharding_problems(run)
     resume = run.get("resume_ckpt_path")
-    if resume:
+    if resume and resume != "auto":
         problem = _weights_problem(WeightFile("checkpoint to resume from", str(resume), "run.resume_ckpt_path"))
         problems += [problem] if problem else []
     for key in run:
@@ -212,33 +226,6 @@ def _weights_problem(file: WeightFile) -> Optional[str]:
     return problem
 
 
-def _data_problems(datasets: DictConfig) -> List[str]:
-    """Images and annotations that LAVIS's builders would look for and not find."""
-    problems = []
-    for name, section in datasets.items():
-        info = section.get("build_info")
-        if not info:
-            continue
-        images = info.get(section.get("data_type", "images"))
-        if images and not _stored(images.storage).exists():
-            problems.append(
-                f"datasets.{name}: no folder {_stored(images.storage)} (images); set "
-                f"datasets.{name}.build_info.{section.data_type}.storage to yours"
-            )
-        for split, annotation in (info.get("annotations") or {}).items():
-            stores, urls = _strings(annotation.storage), _strings(annotation.get("url"))
-            for i, store in enumerate(stores):
-                file = WeightFile(
-                    f"datasets.{name}, {split}",
-                    urls[i] if i < len(urls) else str(_stored(store)),
-                    f"datasets.{name}.build_info.annotations.{split}.storage",
-                )
-                problem = None if _stored(store).is_file() else file.problem()
-                if problem:
-                    problems.append(f"{problem} (looked for {_stored(store)})")
-    return problems
-
-
 def _image_size_problems(cfg: KVModConfig) -> List[str]:
     """Image processors that give another size than the model's ViT takes, where they are used."""
     if cfg.model_cfg.arch != ARCH:
@@ -254,13 +241,3 @@ def _image_size_problems(cfg: KVModConfig) -> List[str]:
                     f"datasets.{name}.vis_processor.{mode}.image_size: expected model.image_size {expected}, got {size}"
                 )
     return problems
-
-
-def _stored(storage: str) -> Path:
-    return Path(get_cache_path(storage))  # absolute paths survive the join
-
-
-def _strings(value) -> List[str]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else list(value)

@@ -2,11 +2,14 @@
 
 import datetime
 import os
-from typing import Any, List, Mapping, Optional
+from typing import Any, Callable, List, Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized
+
+# Minutes after which a rank gives up waiting for the others: rank 0 may download weights meanwhile.
+DEFAULT_TIMEOUT = 60
 
 
 def backend_for(device_type: str) -> str:
@@ -40,8 +43,7 @@ def init_distributed(run_cfg) -> None:
             init_method=run_cfg.get("dist_url", "env://"),
             rank=rank,
             world_size=run_cfg.world_size,
-            # rank 0 may download weights while the others wait
-            timeout=datetime.timedelta(hours=2),
+            timeout=datetime.timedelta(minutes=run_cfg.get("dist_timeout", DEFAULT_TIMEOUT)),
         )
 
 
@@ -60,6 +62,32 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
+def on_main(function: Callable[[], Any]) -> Any:
+    """What ``function`` gives on rank 0, on every rank. If it fails there, all ranks raise what it raised, so that none
+    waits for ever."""
+    outcome = None
+    if get_rank() == 0:
+        try:
+            outcome = (function(), None)
+        except Exception as error:
+            if not is_dist_avail_and_initialized():
+                raise
+            outcome = (None, error)
+    value, error = from_main(outcome)
+    if error is not None:
+        raise error
+    return value
+
+
+def all_reduce_sum(values: Sequence[float], device: torch.device) -> List[float]:
+    """Each value's sum over all ranks."""
+    if not is_dist_avail_and_initialized():
+        return [float(value) for value in values]
+    tensor = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
 def gather(rows: List[Any]) -> List[Any]:
     """The rows of all ranks, in rank order, on every rank."""
     if not is_dist_avail_and_initialized():
@@ -70,6 +98,8 @@ def gather(rows: List[Any]) -> List[Any]:
 
 
 __all__ = [
+    "DEFAULT_TIMEOUT",
+    "all_reduce_sum",
     "backend_for",
     "barrier",
     "from_main",
@@ -78,4 +108,5 @@ __all__ = [
     "get_world_size",
     "init_distributed",
     "launched_rank",
+    "on_main",
 ]

@@ -3,17 +3,24 @@
 import argparse
 import datetime
 import logging
+import os
 import random
 import sys
 import warnings
-from typing import Callable, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from lavis_kvmod.checkpoints import CheckpointError
 from lavis_kvmod.config import ConfigurationError, KVModConfig, load_config
+from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.distributed import from_main, get_rank, init_distributed
+from lavis_kvmod.runners.run_folder import RunFolderError
+
+# What the user can mend: told without a traceback.
+_TOLD = (ConfigurationError, CheckpointError, BadDataError, RunFolderError, FileNotFoundError, FloatingPointError)
 
 
 def parse_args(description: str, argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -45,20 +52,32 @@ def build_runner(cfg: KVModConfig):
     from lavis.common.registry import registry
 
     init_distributed(cfg.run_cfg)
-    seed_everything(cfg.run_cfg.seed + get_rank())
+    seed_everything(cfg.run_cfg.seed + get_rank(), cfg.run_cfg.get("deterministic", False))
     set_up_logging()
     cfg.pretty_print()
 
-    job_id = from_main(datetime.datetime.now().strftime("%Y%m%d-%H%M%S"))
+    runner_cls = registry.get_runner_class(cfg.run_cfg.runner)
+    if hasattr(runner_cls, "open_folder"):  # before what takes long: another run may be using it
+        folder = runner_cls.open_folder(cfg.run_cfg)
+        place: Dict[str, Any] = {"job_id": folder.path.name, "folder": folder}
+    else:
+        place = {"job_id": from_main(datetime.datetime.now().strftime("%Y%m%d-%H%M%S"))}
     task = tasks.setup_task(cfg)
     datasets = task.build_datasets(cfg)
     model = task.build_model(cfg)
-    runner_cls = registry.get_runner_class(cfg.run_cfg.runner)
-    return runner_cls(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
+    return runner_cls(cfg=cfg, task=task, model=model, datasets=datasets, **place)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch, and keep cuDNN from choosing algorithms by timing, as LAVIS does."""
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, NumPy and torch, and keep cuDNN from choosing algorithms by timing, as LAVIS does.
+
+    With ``deterministic`` PyTorch computes only with algorithms that give the same bits every time, and raises where it
+    has none.
+    """
+    if deterministic:
+        # cuBLAS reads it when it is first used: https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(bool(deterministic))
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -82,8 +101,9 @@ def run_command(command: Callable[[str, List[str]], object], description: str, a
     args = parse_args(description, argv)
     set_up_logging()
     try:
-        command(args.cfg_path, args.options)
-    except (ConfigurationError, CheckpointError, FileNotFoundError) as error:
+        # Under torchrun, what fails is written where torchrun finds it, and tells it with rank and traceback.
+        record(command)(args.cfg_path, args.options)
+    except _TOLD as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -50,12 +50,17 @@ def resolve_config(path: str) -> Path:
     )
 
 
+def absolute(path) -> Path:
+    """A path as its user means it: ``~`` is their home, and what is relative starts where they stand."""
+    return Path(path).expanduser().absolute()
+
+
 def cache_dir() -> Path:
     """The folder for what is built once: ``LAVIS_KVMOD_CACHE``, or ``~/.cache/lavis_kvmod``.
 
     It need not exist yet.
     """
-    return Path(os.environ.get(_CACHE) or "~/.cache/lavis_kvmod").expanduser().absolute()
+    return absolute(os.environ.get(_CACHE) or "~/.cache/lavis_kvmod")
 
 
 def _roots():

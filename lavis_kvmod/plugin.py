@@ -5,8 +5,13 @@ adds our classes to LAVIS's registry and mends the three places that would not s
 """
 
 import functools
+import os
 import sys
 from importlib import import_module
+
+from lavis_kvmod.paths import absolute
+
+_CACHE_ROOT = "LAVIS_CACHE_ROOT"
 
 # What is registered: (kind in LAVIS's registry, name in a YAML file, module, class).
 _REGISTERED = (
@@ -16,7 +21,17 @@ _REGISTERED = (
     ("task", "kvmod_captioning", "lavis_kvmod.tasks.captioning", "KVModCaptionTask"),
     ("builder", "digits_vqa", "lavis_kvmod.datasets.digits", "DigitsVQABuilder"),
     ("builder", "digits_caption", "lavis_kvmod.datasets.digits", "DigitsCaptionBuilder"),
+    ("builder", "wds_vqa", "lavis_kvmod.datasets.shards.builders", "WdsVQABuilder"),
+    ("builder", "wds_caption", "lavis_kvmod.datasets.shards.builders", "WdsCaptionBuilder"),
+    ("builder", "custom_vqa", "lavis_kvmod.datasets.custom", "CustomVQABuilder"),
+    ("builder", "custom_caption", "lavis_kvmod.datasets.custom", "CustomCaptionBuilder"),
+    ("builder", "artquest", "lavis_kvmod.datasets.artquest", "ArtQuestBuilder"),
+    ("builder", "vqav2", "lavis_kvmod.datasets.vqav2", "VQAv2Builder"),
+    ("builder", "textvqa", "lavis_kvmod.datasets.textvqa", "TextVQABuilder"),
 )
+
+# The cache root that the latest run file has named, and the one it took the place of.
+_run_file_cache = {}
 
 
 def activate():
@@ -33,6 +48,8 @@ def activate():
         getattr(_registry(), f"register_{kind}")(name)(cls)
     _refresh_zoos()
     _wrap_loaders()
+    if os.environ.get(_CACHE_ROOT):
+        set_registry_path("cache_root", absolute(os.environ[_CACHE_ROOT]))
 
 
 def set_registry_path(name, value):
@@ -42,6 +59,22 @@ def set_registry_path(name, value):
     write to different folders.
     """
     _registry().mapping["paths"][name] = str(value)
+
+
+def use_cache_root(named_by_run_file=None):
+    """Choose the folder under which LAVIS looks for data, and to which it downloads.
+
+    A run file's ``env.cache_root`` (relative to where the user stands) holds for that run alone: with None, what was
+    in force before comes back, which is ``LAVIS_CACHE_ROOT`` as it stood when LAVIS was imported, or LAVIS's own
+    default (``configs/default.yaml``: a folder under ``/export/home``).
+    """
+    if _run_file_cache and _registry().get_path("cache_root") == _run_file_cache["root"]:
+        set_registry_path("cache_root", _run_file_cache["before"])
+    _run_file_cache.clear()
+    if named_by_run_file is not None:
+        root = str(absolute(named_by_run_file))
+        _run_file_cache.update(root=root, before=_registry().get_path("cache_root"))
+        set_registry_path("cache_root", root)
 
 
 def _registry():

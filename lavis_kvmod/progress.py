@@ -16,10 +16,14 @@ class Progress:
         iterable: anything with a length.
         title: what is going on.
         log_every: log lines' distance, where there is no terminal.
+        start, total: where in the whole it begins, and how long that is (by default all of ``iterable``).
     """
 
-    def __init__(self, iterable: Iterable, title: str, log_every: int = 50):
+    def __init__(
+        self, iterable: Iterable, title: str, log_every: int = 50, start: int = 0, total: Optional[int] = None
+    ):
         self._iterable = iterable
+        self._start, self._total = start, total
         self._title = title
         self._log_every = log_every
         self._status = ""
@@ -36,17 +40,19 @@ class Progress:
             yield from self._iterable
         elif sys.stderr.isatty():
             # A bar must not share its line with log records.
-            self._bar = tqdm(self._iterable, desc=self._title, leave=False, dynamic_ncols=True)
+            settings = dict(desc=self._title, leave=False, dynamic_ncols=True)
+            self._bar = tqdm(self._iterable, initial=self._start, total=self._total, **settings)
             yield from self._bar
         else:
             yield from self._logged()
 
     def _logged(self) -> Iterator:
-        total, start = len(self._iterable), time.monotonic()
-        for i, item in enumerate(self._iterable, start=1):
+        total = len(self._iterable) if self._total is None else self._total
+        start = time.monotonic()
+        for i, item in enumerate(self._iterable, start=self._start + 1):
             yield item
             if i % self._log_every == 0 or i == total:
-                left = (time.monotonic() - start) / i * (total - i)
+                left = (time.monotonic() - start) / (i - self._start) * (total - i)
                 logging.info("%s [%d/%d] %s eta %s", self._title, i, total, self._status, _clock(left))
 
 

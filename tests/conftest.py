@@ -204,3 +204,167 @@ def vqa_batch():
         "n_answers": torch.tensor([3, 1]),
         "prompt": "Question: {} Short answer:",
     }
+
+
+# ---------------------------------------------------------------- benchmarks, in their layouts
+
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # what scikit-image ships, which LAVIS brings
+QUESTIONS = ("What is she?", "What animal is it?", "What is in the cup?", "What is taking off?")
+ANSWERS = ("astronaut", "cat", "coffee", "rocket")
+
+
+def write_photo(path, name):
+    """A photograph of scikit-image's, small, as a benchmark's image file."""
+    import skimage.data
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(getattr(skimage.data, name)()).resize((72, 60)).save(path)
+
+
+COCO = {"train2014": range(1, 5), "val2014": range(11, 15), "test2015": range(21, 25)}  # image ids
+
+
+def official_vqa(subset, first_question):
+    """Questions and annotations of four images in visualqa.org's layout, as two dicts."""
+    head = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": subset}
+    questions, annotations = [], []
+    for i, (image_id, question, answer) in enumerate(zip(COCO[subset], QUESTIONS, ANSWERS)):
+        key = {"image_id": image_id, "question_id": first_question + i}
+        questions.append({**key, "question": question})
+        answers = [answer] * 7 + ["photo"] * 2 + ["yes"]
+        annotations.append(
+            {
+                **key,
+                "question_type": "what is" if i else "who",
+                "answer_type": "other",
+                "multiple_choice_answer": answer,
+                "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": k} for k, a in enumerate(answers)],
+            }
+        )
+    return {**head, "task_type": "Open-Ended", "questions": questions}, {**head, "annotations": annotations}
+
+
+@pytest.fixture(scope="session")
+def benchmark_root(tmp_path_factory):
+    """A LAVIS cache root with four photographs of each benchmark, and its annotations as it or LAVIS publishes them."""
+    import json
+
+    root = tmp_path_factory.mktemp("benchmarks")
+
+    def write(path, content):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(json.dumps(content))
+
+    captions = [f"a photo of {'an' if answer[0] == 'a' else 'a'} {answer}" for answer in ANSWERS]
+    numbers = range(1, 5)
+    for subset, ids in COCO.items():
+        for i, photo in zip(ids, PHOTOS):
+            write_photo(root / f"coco/images/{subset}/COCO_{subset}_{i:012d}.jpg", photo)
+    for i, photo in zip(numbers, PHOTOS):
+        write_photo(root / f"gqa/images/n{i}.jpg", photo)
+        write_photo(root / f"vg/images/VG_100K/{i}.jpg", photo)
+        write_photo(root / f"nocaps/images/val/00{i}ea.jpg", photo)
+        write_photo(root / f"textvqa/images/train_images/00{i}f.jpg", photo)
+
+    # VQAv2, from visualqa.org
+    for subset, first in (("train2014", 10), ("val2014", 20), ("test2015", 30)):
+        questions, annotations = official_vqa(subset, first)
+        write(f"coco/annotations/v2_OpenEnded_mscoco_{subset}_questions.json", questions)
+        if subset != "test2015":
+            write(f"coco/annotations/v2_mscoco_{subset}_annotations.json", annotations)
+    write("coco/annotations/v2_OpenEnded_mscoco_test-dev2015_questions.json", questions)
+
+    # LAVIS's own files: lists of rows
+    def rows(subset, first, answers=True):
+        return [
+            {
+                "image": f"{subset}/COCO_{subset}_{i:012d}.jpg",
+                "question": question,
+                "question_id": first + k,
+                "dataset": "vqa",
+                **({"answer": [answer] * 7 + ["photo"] * 2 + ["yes"]} if answers else {}),
+            }
+            for k, (i, question, answer) in enumerate(zip(COCO[subset], QUESTIONS, ANSWERS))
+        ]
+
+    write("coco/annotations/vqa_train.json", rows("train2014", 10))
+    write("coco/annotations/vqa_val.json", rows("val2014", 20))
+    write("coco/annotations/vqa_val_eval.json", rows("val2014", 20, answers=False))
+    write("coco/annotations/vqa_test.json", rows("test2015", 30, answers=False))
+    write("coco/annotations/answer_list.json", [*ANSWERS, "photo", "yes"])
+    write("okvqa/annotations/okvqa_train.json", rows("train2014", 10))
+    write("okvqa/annotations/vqa_val_eval.json", rows("val2014", 20, answers=False))
+    write("okvqa/annotations/answer_list.json", list(ANSWERS))
+    questions, annotations = official_vqa("val2014", 20)
+    write("okvqa/annotations/OpenEnded_mscoco_val2014_questions.json", questions)
+    write("okvqa/annotations/mscoco_val2014_annotations.json", annotations)
+    for split, answered in (("train", True), ("val", True), ("test", False)):
+        found = [
+            {
+                "split": split,
+                "image": row["image"],
+                "image_id": 11 + k,
+                "question": row["question"],
+                "question_id": f"22Mex{k}",
+                "choices": list(ANSWERS),
+                **({"correct_choice_idx": k, "direct_answers": row["answer"]} if answered else {}),
+            }
+            for k, row in enumerate(rows("val2014", 20))
+        ]
+        write(f"aokvqa/annotations/aokvqa_v1p0_{split}.json", found)
+    write("aokvqa/annotations/specialized_vocab_train_lavis.json", list(ANSWERS))
+    for split, answered in (("train", True), ("val", True), ("testdev", True), ("test", False)):
+        found = [
+            {"image": f"n{i}.jpg", "question": question, "question_id": f"05{i}", "dataset": "gqa"}
+            | ({"answer": answer} if answered else {})
+            for i, question, answer in zip(numbers, QUESTIONS, ANSWERS)
+        ]
+        write(f"gqa/annotations/{split}_balanced_questions.json", found)
+    vg = [
+        {"image": f"VG_100K/{i}.jpg", "question": question, "question_id": i, "answer": answer, "dataset": "vg"}
+        for i, question, answer in zip(numbers, QUESTIONS, ANSWERS)
+    ]
+    write("vg/annotations/vg_qa.json", vg)
+    write("vg/annotations/vg_caption.json", [{"image": r["image"], "caption": c} for r, c in zip(vg, captions)])
+
+    # COCO captions in the Karpathy layout, NoCaps, TextVQA
+    for split in ("train", "val", "test"):
+        subset = "train2014" if split == "train" else "val2014"
+        names = [f"{subset}/COCO_{subset}_{i:012d}.jpg" for i in COCO[subset]]
+        if split == "train":
+            found = [
+                {"image": n, "caption": c, "image_id": f"coco_{i}"} for i, (n, c) in enumerate(zip(names, captions))
+            ]
+        else:
+            found = [{"image": n, "caption": [c, f"{c} again"]} for n, c in zip(names, captions)]
+        write(f"coco/annotations/coco_karpathy_{split}.json", found)
+    nocaps = {
+        "images": [{"id": i, "file_name": f"00{i}ea.jpg", "domain": "out-domain"} for i in numbers],
+        "annotations": [{"id": i, "image_id": i, "caption": c} for i, c in zip(numbers, captions)]
+        + [{"id": 10 + i, "image_id": i, "caption": f"{c} again"} for i, c in zip(numbers, captions)],
+    }
+    write("nocaps/annotations/nocaps_val_4500_captions.json", nocaps)
+    write("nocaps/annotations/nocaps_val.json", [{"image": f"val/00{i}ea.jpg", "img_id": i} for i in numbers])
+    textvqa = [
+        {
+            "image_id": f"00{i}f",
+            "question": q,
+            "question_id": 34600 + i,
+            "answers": [a] * 9 + ["Two"],
+            "set_name": "val",
+        }
+        for i, q, a in zip(numbers, QUESTIONS, ANSWERS)
+    ]
+    write("textvqa/annotations/TextVQA_0.5.1_val.json", {"dataset_version": "0.5.1", "data": textvqa})
+    return root
+
+
+@pytest.fixture()
+def benchmarks(benchmark_root, tmp_path, monkeypatch):
+    """`benchmark_root` as LAVIS's cache root, while standing in an empty folder."""
+    from lavis.common.registry import registry
+
+    monkeypatch.setitem(registry.mapping["paths"], "cache_root", str(benchmark_root))
+    monkeypatch.chdir(tmp_path)
+    return benchmark_root

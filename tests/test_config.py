@@ -1,8 +1,10 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from lavis_kvmod.config import ConfigurationError, load_config
@@ -37,9 +39,10 @@ def test_every_yaml_loads(path, monkeypatch):
     else:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-        monkeypatch.setattr("lavis_kvmod.config._data_problems", lambda datasets: [])
+        monkeypatch.setattr("lavis_kvmod.config.data_problems", lambda cfg: [])
         monkeypatch.setattr("lavis_kvmod.weights._reachable", lambda url: True)
-        merged = load_config(path)
+        yours = ["model.finetuned=https://example.org/yours.pth"] if cfg.model.get("load_finetuned") else []
+        merged = load_config(path, yours)
         assert merged.run_cfg.runner == "runner_kvmod"
 
 
@@ -104,11 +107,32 @@ def test_missing_and_unreadable_checkpoints_are_found_before_anything_is_built(m
     assert "no such file /nowhere/last.pth; set run.resume_ckpt_path to a local file" in text
 
 
-def test_missing_data_says_where_it_was_looked_for(tmp_path):
-    options = [f"datasets.coco_vqa.build_info.images.storage={tmp_path / 'no-images'}"]
+def test_missing_data_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    """For all splits together, and nothing of LAVIS's own sets needs a run file of ours."""
+    monkeypatch.setattr("lavis_kvmod.weights._reachable", lambda url: False)
+    options = [f"datasets.vqav2.build_info.images.storage={tmp_path / 'no-images'}"]
     text = "\n".join(problems(options, "projects/kvmod/vqa.yaml"))
-    assert f"no folder {tmp_path / 'no-images'} (images); set datasets.coco_vqa.build_info.images.storage" in text
-    assert "vqa_train.json" in text and "coco/annotations/vqa_val_eval.json" in text
+    assert f"datasets.vqav2: train: no folder {tmp_path / 'no-images' / 'train2014'} (images); get http" in text
+    assert "v2_mscoco_train2014_annotations.json" in text and "v2_mscoco_val2014_annotations.json" in text
+    assert "test2015" not in text  # the run does not use it
+    text = "\n".join(problems([], "lavis/projects/blip/train/okvqa_ft.yaml"))
+    assert "datasets.ok_vqa: no folder /export/home/.cache/lavis/coco/images" in text.replace("/../", "/")
+    assert "okvqa_train.json is not in the download cache and cannot be reached" in text
+
+
+def test_the_run_file_says_where_data_lies(tmp_path, monkeypatch):
+    """``env.cache_root``, relative to where one stands; the next run file is not bound by it."""
+    before = registry.get_path("cache_root")
+    (tmp_path / "run.yaml").write_text((resource(DEMO)).read_text() + "\nenv: {cache_root: here}\n")
+    monkeypatch.chdir(tmp_path)
+    load_config("run.yaml")
+    assert registry.get_path("cache_root") == str(tmp_path / "here")
+    load_config("run.yaml", ["env.cache_root=~/there"])
+    assert registry.get_path("cache_root") == str(Path.home() / "there")
+    load_config(DEMO)
+    assert registry.get_path("cache_root") == before
+    assert problems(["env.cache_root=[a,b]"]) == ["env.cache_root: expected the path of a folder, got ['a', 'b']"]
+    assert registry.get_path("cache_root") == before
 
 
 def test_image_sizes_agree_where_they_are_used():
@@ -159,7 +183,7 @@ def test_the_command_ends_with_all_that_is_missing_and_names_the_demo(tmp_path):
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    for part in ("has no CUDA", "coco/images", "vqa_train.json", "demo_vqa.yaml"):
+    for part in ("has no CUDA", "coco/images", "v2_Questions_Train_mscoco.zip", "demo_vqa.yaml"):
         assert part in done.stderr
     assert list(tmp_path.iterdir()) == []
 

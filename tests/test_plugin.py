@@ -62,6 +62,8 @@ def test_the_promised_names_are_in_the_table():
         ("task", "kvmod_captioning"),
         ("builder", "digits_vqa"),
         ("builder", "digits_caption"),
+        ("builder", "vqav2"),
+        ("builder", "textvqa"),
     } <= set(NAMES)
 
 
@@ -132,6 +134,17 @@ def test_a_registry_path_can_be_set_again(mapping):
     for value in ("/first", "/second"):
         plugin.set_registry_path("result_dir", value)
         assert registry.get_path("result_dir") == value
+
+
+def test_the_environment_says_where_data_lies(mapping, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAVIS_CACHE_ROOT", "data")
+    plugin.activate()
+    assert registry.get_path("cache_root") == str(tmp_path / "data")
+    plugin.use_cache_root("elsewhere")  # a run file's word goes before it, for that run
+    assert registry.get_path("cache_root") == str(tmp_path / "elsewhere")
+    plugin.use_cache_root()
+    assert registry.get_path("cache_root") == str(tmp_path / "data")
 
 
 def test_the_public_names_are_there():

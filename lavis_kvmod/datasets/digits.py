@@ -50,12 +50,15 @@ class _Digits(BaseDataset):
         """The annotations of one scan."""
         raise NotImplementedError
 
+    def picture(self, annotation: Dict[str, Any]) -> Image.Image:
+        """The picture that an annotation belongs to."""
+        return Image.fromarray(self._pictures[annotation["scan"]])
+
     def _image(self, annotation: Dict[str, Any]) -> Dict[str, Any]:
         """``image``, and ``image_key`` where the processor gives the same pixels every time."""
-        row = annotation["scan"]
-        sample = {"image": self.vis_processor(Image.fromarray(self._pictures[row]))}
+        sample = {"image": self.vis_processor(self.picture(annotation))}
         if isinstance(self.vis_processor, BlipImageEvalProcessor):
-            sample["image_key"] = self.scans[row].key
+            sample["image_key"] = self.scans[annotation["scan"]].key
         return sample
 
 
@@ -88,15 +91,14 @@ class DigitsVQADataset(_DigitsVQA, VQADataset):
         }
 
     def collater(self, samples: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
-        """LAVIS's batch (``image``, ``text_input``, ``answer``, ``weight``, ``n_answers``), and ``image_key``."""
+        """LAVIS's batch (``image``, ``text_input``, ``answer``, ``weight``, ``n_answers``), and the ids and keys."""
         batch = super().collater(samples)
-        if all("image_key" in sample for sample in samples):
-            batch["image_key"] = [sample["image_key"] for sample in samples]
-        return batch
+        keys = [key for key in ("question_id", "instance_id", "image_key") if all(key in s for s in samples)]
+        return {**batch, **{key: [sample[key] for sample in samples] for key in keys}}
 
 
-class DigitsVQAEvalDataset(_DigitsVQA):
-    """Questions by id; the answers are in ``annotation``.
+class DigitsVQAEvalDataset(DigitsVQADataset):
+    """Questions by id, with their answers, so that a loss can be computed; the ground truth is in ``annotation``.
 
     Attributes:
         answer_list: every answer there is, for tasks that rank them.
@@ -107,14 +109,10 @@ class DigitsVQAEvalDataset(_DigitsVQA):
         self.answer_list = [*digits.DIGIT_WORDS, *digits.INKS, *digits.PAPERS, "yes", "no"]
 
     def __getitem__(self, index: int) -> Dict[str, Any]:
-        """``image`` (3, H, W), ``text_input``, ``question_id``, ``instance_id``, ``image_key``."""
+        """What a training sample has, ``question_id`` and ``instance_id``."""
         annotation = self.annotation[index]
-        return {
-            **self._image(annotation),
-            "text_input": self.text_processor(annotation["question"]),
-            "question_id": annotation["question_id"],
-            "instance_id": annotation["instance_id"],
-        }
+        ids = {key: annotation[key] for key in ("question_id", "instance_id")}
+        return {**super().__getitem__(index), **ids}
 
 
 class _DigitsCaption(_Digits):
@@ -137,17 +135,12 @@ class DigitsCaptionDataset(_DigitsCaption):
         }
 
 
-class DigitsCaptionEvalDataset(_DigitsCaption):
-    """Scans by id; the captions are in ``annotation``."""
+class DigitsCaptionEvalDataset(DigitsCaptionDataset):
+    """Scans by id, with their captions, so that a loss can be computed; the ground truth is in ``annotation``."""
 
     def __getitem__(self, index: int) -> Dict[str, Any]:
-        """``image`` (3, H, W), ``image_id``, ``instance_id``, ``image_key``."""
-        annotation = self.annotation[index]
-        return {
-            **self._image(annotation),
-            "image_id": annotation["image_id"],
-            "instance_id": annotation["instance_id"],
-        }
+        """What a training sample has, and ``instance_id``."""
+        return {**super().__getitem__(index), "instance_id": self.annotation[index]["instance_id"]}
 
 
 @lru_cache(maxsize=None)

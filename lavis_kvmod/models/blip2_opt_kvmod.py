@@ -586,13 +586,21 @@ class Blip2OPTKVMod(Blip2Base):
     @classmethod
     def _assemble(cls, settings: ModelSettings, load: bool = True) -> "Blip2OPTKVMod":
         """The parts that the settings describe, put together; frozen towers with their weights if ``load``."""
+        vit_precision = settings.vit_precision
+        if not settings.freeze_vit and vit_precision != "fp32":
+            logging.info(
+                "the ViT is trained (freeze_vit: false), so its weights are fp32, not %s: half precision loses small "
+                "updates, and fp16 gradients cannot be unscaled",
+                vit_precision,
+            )
+            vit_precision = "fp32"
         vision = build_vision_encoder(
             settings.vit_model,
             checkpoint=settings.vit_checkpoint,
             image_size=settings.image_size,
             drop_path_rate=settings.drop_path_rate,
             use_grad_checkpoint=settings.use_grad_checkpoint,
-            precision=settings.vit_precision if settings.freeze_vit else "fp32",
+            precision=vit_precision,
             geometry=settings.vit_geometry,
             load=load,
         )

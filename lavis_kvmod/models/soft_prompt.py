@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lavis_kvmod.models.text import IGNORED, TextBatch, answer_ids, continuation_batch, prompt_batch
+from lavis_kvmod.sharding import is_sharded
 
 # Rows that answer ranking has in the language model at once: OPT-2.7B keeps 0.3 MB of Keys and Values a position
 # and row in half precision, so 2 GB for 128 rows of 50 positions.
@@ -80,6 +81,7 @@ def continue_texts(
         query_embeds=soft_prompt.to(dtype).repeat_interleave(repeats, dim=0),
         eos_token_id=stop,
         pad_token_id=tokenizer.pad_token_id,
+        synced_gpus=is_sharded(opt),  # a rank that is done must go on gathering layers for the others
         **search,
     )
     return [_up_to(stop, ids) for ids in generated[:, text.input_ids.shape[1] :].tolist()]

@@ -1,7 +1,9 @@
-"""``runner_kvmod``: LAVIS's RunnerBase, on CPU and CUDA, in one process or many.
+"""``runner_kvmod``: LAVIS's RunnerBase, on CPU and CUDA, in one process or many, that can be killed at any time.
 
 It takes LAVIS's run section and tasks unchanged (it calls ``train_step``, ``evaluation`` and ``after_evaluation`` of
-any task). What it mends, with the place in LAVIS 1.0.2, stands at each override.
+any task). What it mends, with the place in LAVIS 1.0.2, stands at each override. The parts: `loaders` (what a batch
+holds), `steps` (one optimizer step), `schedules`, `training_state` (what a checkpoint holds), `run_folder` (where it
+goes), `run_log`, `signals`.
 """
 
 import contextlib
@@ -10,47 +12,95 @@ import logging
 import math
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-import torch.distributed as dist
 from lavis.common.dist_utils import is_main_process, main_process
-from lavis.datasets.data_utils import prepare_sample
+from lavis.datasets.data_utils import concat_datasets, prepare_sample, reorg_datasets_by_split
 from lavis.runners.runner_base import RunnerBase
+from omegaconf import OmegaConf
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
 
 from lavis_kvmod import checkpoints
-from lavis_kvmod.distributed import barrier, get_rank, get_world_size
+from lavis_kvmod.datasets.bad_samples import BadSampleCounter
+from lavis_kvmod.distributed import barrier, from_main, gather, get_rank, get_world_size, on_main
 from lavis_kvmod.models.parts import parts_table
 from lavis_kvmod.plugin import set_registry_path
 from lavis_kvmod.precision import amp_dtype, needs_grad_scaler
 from lavis_kvmod.progress import Progress
+from lavis_kvmod.runners import resuming
+from lavis_kvmod.runners.environment import environment
+from lavis_kvmod.runners.loaders import PADDING, EpochLoader, eval_loader, stream_of
+from lavis_kvmod.runners.optimizers import build_optimizer
+from lavis_kvmod.runners.pace import Pace
+from lavis_kvmod.runners.run_folder import BEST, RunFolder, find_newest_run
+from lavis_kvmod.runners.run_log import RunLog
+from lavis_kvmod.runners.schedules import Schedule
+from lavis_kvmod.runners.signals import Stopped, StopSignals
+from lavis_kvmod.runners.steps import GradientStep
+from lavis_kvmod.runners.training_state import RunState, get_rng_state, set_rng_state
+from lavis_kvmod.sharding import shard_language_model
 
-BEST, LAST = "checkpoint_best.pth", "checkpoint_last.pth"
+KEEP_LAST = 2
+MAX_BAD_STEPS = 3
 
 
 class RunnerKVMod(RunnerBase):
-    """Train, validate and test a model by a LAVIS run section.
+    """Train, validate and test a model by a LAVIS run section; docs/training.md tells what it promises.
 
-    Beside LAVIS's keys, ``run`` may hold ``amp: bf16`` and ``max_grad_norm`` (gradient clipping).
+    Args:
+        cfg, task, model, datasets, job_id: LAVIS's.
+        folder: the run's, if it is open already (see `open_folder`).
     """
 
-    def __init__(self, cfg, task, model, datasets, job_id):
+    def __init__(self, cfg, task, model, datasets, job_id, folder: Optional[RunFolder] = None):
+        self.folder = folder
         super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
-        self.best_agg_metric: Optional[float] = None
-        self.best_epoch: Optional[int] = None
+        self.state = RunState()
+        self.log = RunLog(self.output_dir, active=is_main_process())
+        self.signals = StopSignals()
+        self._gradient_step: Optional[GradientStep] = None
+        self._schedule: Optional[Schedule] = None
+
+    @classmethod
+    def open_folder(cls, run_cfg, name: Optional[str] = None) -> RunFolder:
+        """The folder of this run: a new one, or with ``resume_ckpt_path: auto`` that of the newest run in
+        ``output_dir`` that has a good checkpoint. Rank 0 chooses and locks it.
+
+        Raises:
+            RunFolderError: if another run is using that folder.
+        """
+        opened: List[RunFolder] = []
+
+        def choose() -> Tuple[Path, Optional[Path], bool]:
+            output_dir = Path.cwd() / Path(run_cfg.output_dir).expanduser()
+            resume = None if run_cfg.evaluate else run_cfg.get("resume_ckpt_path", None)
+            folder = find_newest_run(output_dir) if resume == "auto" else None
+            if folder is None:
+                folder = RunFolder.create(output_dir, name)
+                if resume == "auto":
+                    logging.info("no run in %s has a checkpoint to go on from: starting a new one", output_dir)
+                elif resume:
+                    folder.checkpoint = Path(resume).expanduser()
+            opened.append(folder)
+            return folder.path, folder.checkpoint, folder.continues
+
+        chosen = on_main(choose)
+        return opened[0] if opened else RunFolder(*chosen)
 
     def setup_output_dir(self) -> None:
-        """Write where the user stands; LAVIS joins the path to its own package (runner_base.py:343), and cannot be
-        set up twice in one process (:357)."""
-        self.output_dir = Path.cwd() / Path(self.config.run_cfg.output_dir).expanduser() / self.job_id
+        """Write where the user stands, into a folder of this run alone; LAVIS joins the path to its own package
+        (runner_base.py:343), and cannot be set up twice in one process (:357)."""
+        if self.folder is None:
+            self.folder = self.open_folder(self.config.run_cfg, self.job_id)
+        self.output_dir = self.folder.path
+        self.job_id = self.output_dir.name
         self.result_dir = self.output_dir / "result"
         self.result_dir.mkdir(parents=True, exist_ok=True)
         set_registry_path("output_dir", self.output_dir)
         set_registry_path("result_dir", self.result_dir)
 
-    # ------------------------------------------------------------ model and optimiser
+    # ------------------------------------------------------------ model and optimizer
 
     @property
     def model(self):
@@ -63,8 +113,13 @@ class RunnerKVMod(RunnerBase):
             for parameter in model.parameters():
                 if parameter.requires_grad:  # a GradScaler cannot unscale fp16 gradients
                     parameter.data = parameter.data.float()
+            ignored: List[str] = []
+            if self._run_key("fsdp", False):
+                ignored = shard_language_model(model, self.device.type)
             self._model = model.to(self.device)
             if self.use_distributed:
+                # DDP has no public way to leave parameters alone; this is what its own tests use.
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._model, ignored)
                 self._wrapped_model = DistributedDataParallel(
                     self._model,
                     device_ids=[self.config.run_cfg.gpu] if self.cuda_enabled else None,
@@ -77,7 +132,7 @@ class RunnerKVMod(RunnerBase):
     @property
     def amp(self):
         """``run.amp``: see `lavis_kvmod.precision`."""
-        return self.config.run_cfg.get("amp", False)
+        return self._run_key("amp", False)
 
     @property
     def scaler(self):
@@ -93,47 +148,88 @@ class RunnerKVMod(RunnerBase):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=dtype)
 
+    @property
+    def optimizer(self):
+        """AdamW over the model's own parameter groups, else LAVIS's."""
+        if self._optimizer is None:
+            model = self.unwrap_dist_model(self.model)
+            self._optimizer = build_optimizer(model, self.config.run_cfg) or super().optimizer
+        return self._optimizer
+
+    @property
+    def schedule(self) -> Schedule:
+        """Learning rates by position."""
+        if self._schedule is None:
+            self._schedule = Schedule(self.lr_scheduler, self.optimizer)
+        return self._schedule
+
+    @property
+    def gradient_step(self) -> GradientStep:
+        """What adds up gradients and steps."""
+        if self._gradient_step is None:
+            max_norm = self._run_key("max_grad_norm", None)
+            self._gradient_step = GradientStep(
+                model=self.model,
+                inner=self.unwrap_dist_model(self.model),
+                train_step=self.task.train_step,
+                optimizer=self.optimizer,
+                scaler=self.scaler,
+                autocast=self.autocast,
+                max_grad_norm=None if max_norm is None else float(max_norm),
+                world_size=get_world_size(),
+                device=self.device,
+            )
+        return self._gradient_step
+
+    def _run_key(self, key: str, default):
+        value = self.config.run_cfg.get(key, None)
+        return default if value is None else value
+
     # ------------------------------------------------------------ data
 
-    def create_loaders(
-        self, datasets, num_workers, batch_sizes, is_trains, collate_fns, dataset_ratios=None
-    ) -> List[DataLoader]:
+    @property
+    def dataloaders(self) -> Dict[str, Any]:
         """A loader for each split; LAVIS's opens a CUDA stream (dataloader_utils.py:56), drops the last batch, and so
         trains on nothing where there are fewer samples than a batch (:536).
 
         Raises:
             ValueError: for an empty split.
-            NotImplementedError: for streamed data sets.
+            NotImplementedError: for streamed data sets that cannot make a loader themselves.
         """
-        loaders = []
-        splits = sorted(self.datasets)  # the order RunnerBase.dataloaders builds these lists in
-        for split, dataset, batch_size, is_train, collate in zip(splits, datasets, batch_sizes, is_trains, collate_fns):
-            if isinstance(dataset, (tuple, list)) or not hasattr(dataset, "__len__"):
-                raise NotImplementedError(
-                    f"split {split!r}: runner_kvmod reads map-style data sets; use runner_base for webdataset pipelines"
-                )
-            used = [*self.valid_splits, *self.test_splits, *([] if self.evaluate_only else self.train_splits)]
-            if len(dataset) == 0 and split in used:
-                raise ValueError(f"split {split!r} of the data set is empty")
-            loaders.append(
-                DataLoader(
-                    dataset,
-                    batch_size=batch_size,
-                    sampler=self._sampler(dataset, is_train),
-                    num_workers=num_workers,
-                    pin_memory=self.cuda_enabled,
-                    collate_fn=collate,
-                    drop_last=False,
-                )
-            )
-        return loaders
+        if self._dataloaders is None:
+            by_split = reorg_datasets_by_split(self.datasets)
+            self.datasets = {split: _joined(split, sets) for split, sets in by_split.items()}
+            self._dataloaders = {split: self._loader(split, data) for split, data in sorted(self.datasets.items())}
+        return self._dataloaders
 
-    def _sampler(self, dataset, is_train: bool):
-        rank, world_size = get_rank(), get_world_size()
-        if is_train:  # its order depends on seed and epoch alone
-            return DistributedSampler(dataset, world_size, rank, shuffle=True, seed=self.config.run_cfg.seed)
-        # DistributedSampler would repeat samples to give all ranks as many; evaluation counts each once.
-        return range(rank, len(dataset), world_size)
+    def _loader(self, split: str, dataset):
+        run = self.config.run_cfg
+        is_train = split in self.train_splits
+        settings = dict(
+            batch_size=int(run.batch_size_train if split == "train" else run.batch_size_eval),
+            num_workers=int(run.num_workers),
+            seed=int(run.seed),
+            rank=get_rank(),
+            world_size=get_world_size(),
+            pin_memory=self.cuda_enabled,
+        )
+        stream = stream_of(dataset)
+        if stream is not None:
+            return stream.make_loader(is_train=is_train, **settings)
+        if isinstance(dataset, (tuple, list)) or not hasattr(dataset, "__len__"):
+            raise NotImplementedError(
+                f"split {split!r}: runner_kvmod reads map-style data sets, and one streamed set that has make_loader; "
+                "use runner_base for other webdataset pipelines"
+            )
+        used = [*self.valid_splits, *self.test_splits, *([] if self.evaluate_only else self.train_splits)]
+        if len(dataset) == 0 and split in used:
+            raise ValueError(f"split {split!r} of the data set is empty")
+        logging.info("%s: %d samples", split, len(dataset))
+        settings["collate"] = getattr(dataset, "collater", None)
+        if is_train:
+            return EpochLoader(dataset, **settings)
+        # Sharded layers are gathered from all ranks, so all must run as many batches: see `lavis_kvmod.sharding`.
+        return eval_loader(dataset, equal=bool(self._run_key("fsdp", False)), **settings)
 
     # ------------------------------------------------------------ the run
 
@@ -142,55 +238,110 @@ class RunnerKVMod(RunnerBase):
 
         Returns:
             The test splits' metrics (rank 0).
+
+        Raises:
+            Stopped: after SIGTERM or Ctrl-C, when all is saved.
+            FloatingPointError: for more steps than ``max_bad_steps`` whose loss or gradient is not finite.
+            RunFolderError: if a checkpoint cannot be written.
         """
         start = time.monotonic()
-        if self.evaluate_only:
-            self.validate(0)
-            return self.evaluate(skip_reload=True)
+        try:
+            if self.evaluate_only:
+                self.validate(0)
+                return self.evaluate(skip_reload=True)
+            with self.signals:
+                self._begin()
+                while self.state.epoch < self.max_epoch and not self._out_of_patience():
+                    self._train_and_validate(self.state.epoch)
+                with self.signals.nothing_to_save():
+                    logs = self.evaluate("best")
+            logging.info("Training time %s", datetime.timedelta(seconds=round(time.monotonic() - start)))
+            return logs
+        finally:
+            self.log.close()
+            self.folder.release()
+
+    def _begin(self) -> None:
+        """Resume, and write down what is being run."""
         self.log_parts()
-        self.log_config()
-        if self.resume_ckpt_path is not None:
-            self._load_checkpoint(self.resume_ckpt_path)
+        if self.folder.checkpoint is not None:
+            self._load_checkpoint(str(self.folder.checkpoint))
+        if is_main_process():
+            about = environment(self.device, get_world_size())
+            self.folder.add_start({**about, "resumed_from": self.folder.checkpoint and str(self.folder.checkpoint)})
+        self.log.start(
+            self._resolved_config(),
+            self._batches_done(),
+            tensorboard=self._run_key("tensorboard", "auto"),
+            wandb=self._run_key("wandb", False),
+        )
+        if self.state.epoch >= self.max_epoch:
+            logging.info("%s is trained: all %d epochs are done; only testing it", self.output_dir, self.max_epoch)
 
-        for epoch in range(self.start_epoch, self.max_epoch):
+    def _train_and_validate(self, epoch: int) -> None:
+        state = self.state
+        if not state.trained:
             self.log_stats(self.train_epoch(epoch), "train")
+            state.trained = True
+            if self.valid_splits:  # an evaluation may take long, or fail
+                self._save_checkpoint(epoch)
+        with self.signals.nothing_to_save() if self.valid_splits else contextlib.nullcontext():
             is_best = self.validate(epoch)
-            self._save_checkpoint(epoch)
-            if is_best:
-                self._save_checkpoint(epoch, is_best=True)
-            barrier()  # no rank may look for a file that rank 0 is still writing
+        state.start_epoch(epoch + 1)
+        # The best first: should the second be interrupted, the epoch's validation is repeated and writes both.
+        if is_best:
+            self._save_checkpoint(epoch, is_best=True)
+        self._save_checkpoint(epoch, in_place=bool(self.valid_splits))
+        barrier()  # no rank may look for a file that rank 0 is still writing
 
-        logs = self.evaluate("best")
-        logging.info("Training time %s", datetime.timedelta(seconds=round(time.monotonic() - start)))
-        return logs
+    def _out_of_patience(self) -> bool:
+        patience = self._run_key("patience", None)
+        waited = self.state.validations_since_best
+        if patience is None or waited < patience:
+            return False
+        logging.info("stopping early: %d validations without a better one than epoch %s", waited, self.state.best_epoch)
+        return True
 
     def validate(self, epoch: int) -> bool:
-        """Evaluate the validation splits; whether the first one's ``agg_metrics`` is the best so far (rank 0).
+        """Evaluate the validation splits; whether the first one's ``agg_metrics`` is the best so far.
 
         Any value may be the best, also 0 or less; LAVIS saves only what is above 0 on a split named "val"
         (runner_base.py:390). Without validation splits the newest epoch counts as the best.
         """
-        is_best = not self.valid_splits
+        state = self.state
+        if not self.valid_splits:
+            state.best_epoch = epoch
+            return True
+        is_best = False
         for i, split in enumerate(self.valid_splits):
             metrics = self.eval_epoch(split, epoch)
-            if metrics is None:  # not rank 0
-                continue
             if i == 0:
-                value = metrics.get("agg_metrics")
-                if value is None:
-                    raise KeyError(
-                        f"task {type(self.task).__name__} gave no 'agg_metrics' for split {split!r}: the best "
-                        f"checkpoint cannot be told; it gave {sorted(metrics)}"
-                    )
-                is_best = self.best_agg_metric is None or value > self.best_agg_metric
-                if is_best:
-                    self.best_agg_metric, self.best_epoch = value, epoch
-            self.log_stats({**metrics, "epoch": epoch, "best_epoch": self.best_epoch}, split)
-            logging.info("%s, epoch %d: %s", split, epoch, _short(metrics))
+                is_best = on_main(lambda: self._is_best(metrics, split, epoch))  # noqa: B023
+            if metrics is not None:
+                self.log_stats({**metrics, "epoch": epoch, "best_epoch": state.best_epoch}, split)
+                logging.info("%s, epoch %d: %s", split, epoch, _short(metrics))
+        state.validations_since_best = 0 if is_best else state.validations_since_best + 1
+        state.best_agg_metric, state.best_epoch = from_main((state.best_agg_metric, state.best_epoch))
         return is_best
+
+    def _is_best(self, metrics: Dict[str, Any], split: str, epoch: int) -> bool:
+        value = metrics.get("agg_metrics")
+        if value is None:
+            raise KeyError(
+                f"task {type(self.task).__name__} gave no 'agg_metrics' for split {split!r}: the best "
+                f"checkpoint cannot be told; it gave {sorted(metrics)}"
+            )
+        best = self.state.best_agg_metric
+        if best is not None and not value > best:
+            return False
+        self.state.best_agg_metric, self.state.best_epoch = float(value), epoch
+        return True
 
     def evaluate(self, cur_epoch="best", skip_reload: bool = False) -> Optional[Dict[str, Any]]:
         """Metrics of each test split (rank 0), with the best checkpoint unless ``skip_reload``."""
+        if cur_epoch == "best" and not skip_reload and not from_main((self.output_dir / BEST).is_file()):
+            logging.warning("there is no %s: testing with the newest weights", self.output_dir / BEST)
+            skip_reload = True
         logs = {}
         for split in self.test_splits:
             logs[split] = self.eval_epoch(split, cur_epoch, skip_reload)
@@ -199,76 +350,152 @@ class RunnerKVMod(RunnerBase):
                 logging.info("%s: %s", split, _short(logs[split]))
         return logs if is_main_process() else None
 
-    def train_epoch(self, epoch: int) -> Dict[str, str]:
-        """One pass over the training data.
+    # ------------------------------------------------------------ one epoch
+
+    def train_epoch(self, epoch: int) -> Dict[str, Any]:
+        """Train what is left of an epoch; returns its facts for log.txt.
 
         Gradients are accumulated over ``accum_grad_iters`` batches, averaged, and what is left at the epoch's end is
         not lost (LAVIS sums them and lets leftovers run into the next epoch, base_task.py:215).
 
         Raises:
-            FloatingPointError: for a loss that is not finite, naming the batch.
+            FloatingPointError: see `train`, naming the batch.
+            BadDataError: if the share of samples that cannot be read is above the data set's ``max_bad_share``.
+            Stopped: see `train`.
         """
-        model = self.model
+        state, model, loader = self.state, self.model, self.train_loader
+        if state.epoch != epoch:
+            state.start_epoch(epoch)
         model.train()
-        loader = self.train_loader
-        loader.sampler.set_epoch(epoch)
-        total, loss_sum = len(loader), 0.0
-        progress = Progress(loader, f"epoch {epoch}", self.log_freq)
-        for i, samples in enumerate(progress):
+        loader.set_epoch(epoch, state.batch)
+        total = len(loader)
+        self._bad_samples = self._count_bad_samples()
+        progress = Progress(loader, f"epoch {epoch}", self.log_freq, start=state.batch, total=total)
+        pace = Pace(total * self.max_epoch, done=self._batches_done(), samples=state.samples)
+        samples = None
+        for i, samples in enumerate(progress, start=state.batch):
+            pace.got_data()
             samples = prepare_sample(samples, cuda_enabled=self.cuda_enabled)
             samples.update(epoch=epoch, num_iters_per_epoch=total, iters=i)
-            self.lr_scheduler.step(cur_epoch=epoch, cur_step=i)
+            is_last, stop = self._train_batch(samples, i, total)
+            state.batch = i + 1
+            pace.done_batch()
+            rate = self.optimizer.param_groups[0]["lr"]
+            progress.status(f"loss {state.loss_sum / max(state.batches_counted, 1):.4f} lr {rate:.2e}")
+            if (i + 1) % self.log_freq == 0 or i + 1 == total:
+                facts = {"epoch": epoch, "batch": i + 1, "lr": rate, **pace.facts(state.samples, self.device)}
+                self.log.timing(facts, self._batches_done())
+            if is_last and state.batch < total:  # at the end of the epoch there is more to save
+                self._save_in_between(epoch, stop)
+        if state.batch != total:
+            raise RuntimeError(f"the loader of the training data promised {total} batches and gave {state.batch}")
+        return self._epoch_facts(epoch, samples)
 
-            group_start = i - i % self.accum_grad_iters
-            group_size = min(self.accum_grad_iters, total - group_start)
-            steps_now = i + 1 == group_start + group_size
-            # DDP exchanges gradients only with the batch that completes a group.
-            wait = self.use_distributed and not steps_now
-            with model.no_sync() if wait else contextlib.nullcontext():
-                with self.autocast():
-                    loss = self.task.train_step(model=model, samples=samples)
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"the loss is {value} in epoch {epoch}, batch {i} ({_identify(samples)}); the last "
-                        f"checkpoint in {self.output_dir} is intact"
-                    )
-                self._scaled(loss / group_size).backward()
-            if steps_now:
-                self._step()
-            loss_sum += value
-            progress.status(f"loss {value:.4f} lr {self.optimizer.param_groups[0]['lr']:.2e}")
-        stats = {
+    def _train_batch(self, samples: Dict[str, Any], i: int, total: int) -> Tuple[bool, bool]:
+        """Whether a step was due, and whether some rank was asked to stop."""
+        state, accumulate = self.state, self.accum_grad_iters
+        group_start = i - i % accumulate
+        group_size = min(accumulate, total - group_start)
+        is_last = i + 1 == group_start + group_size
+        self.schedule.set(epoch=state.epoch, step=i // accumulate, steps_per_epoch=-(-total // accumulate))
+        bad_samples = samples.pop("bad_samples", [])
+        size = 0 if samples.get(PADDING) else _num_samples(samples)
+        result = self.gradient_step.add(
+            samples,
+            num_batches=group_size,
+            is_last=is_last,
+            counts=[size, len(bad_samples), self.signals.received is not None],
+        )
+        num_samples, num_bad, stop = result.counts
+        state.samples += int(num_samples)
+        bad_samples = gather(bad_samples) if num_bad else []
+        state.bad_samples = list(dict.fromkeys([*state.bad_samples, *bad_samples]))
+        self._bad_samples.update(int(num_samples), bad_samples)
+        if result.loss is not None:
+            state.batches_counted += 1
+            state.loss_sum += result.loss
+        if is_last:
+            self._step(i)
+        return is_last, stop > 0
+
+    def _step(self, i: int) -> None:
+        state = self.state
+        result = self.gradient_step.finish()
+        if result.problem is None:
+            if math.isfinite(result.grad_norm):  # fp16's scaler finds its scale by overflowing now and then
+                state.steps_counted += 1
+                state.grad_norm_sum += result.grad_norm
+                state.grad_norm_max = max(state.grad_norm_max, result.grad_norm)
+            return
+        state.bad_steps += 1
+        allowed = int(self._run_key("max_bad_steps", MAX_BAD_STEPS))
+        where = f"{result.problem} in epoch {state.epoch}, batch {i}"
+        if state.bad_steps > allowed:
+            raise FloatingPointError(
+                f"{where}; {state.bad_steps} steps of this run were bad, and max_bad_steps is {allowed}. The last "
+                f"checkpoint in {self.output_dir} is intact"
+            )
+        logging.warning("%s: step skipped (%d of at most %d)", where, state.bad_steps, allowed)
+        self.log_stats({"bad_step": result.problem, "epoch": state.epoch, "batch": i}, "train")
+
+    def _count_bad_samples(self) -> BadSampleCounter:
+        """A counter that knows those met before a resume."""
+        dataset = self.datasets["train"]
+        parts = getattr(dataset, "datasets", [dataset])
+        shares = [part.max_bad_share for part in parts if hasattr(part, "max_bad_share")]
+        log = logging.warning if is_main_process() else logging.debug
+        counter = BadSampleCounter(max(shares), log=log) if shares else BadSampleCounter(log=log)
+        counter.update(self.state.samples, self.state.bad_samples)
+        return counter
+
+    def _save_in_between(self, epoch: int, stop: bool) -> None:
+        every = self._run_key("save_every_n_iters", None)
+        done, before = self.state.batch, self.state.batch - self.accum_grad_iters
+        if stop or (every is not None and done // every > before // every):
+            self._save_checkpoint(epoch)
+        if stop:
+            barrier()
+            raise Stopped(next(signum for signum in gather([self.signals.received]) if signum is not None))
+
+    def _epoch_facts(self, epoch: int, samples: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+        state = self.state
+        rates = self.schedule.rates()
+        facts: Dict[str, Any] = {
             "epoch": epoch,
-            "loss": f"{self._mean_over_ranks(loss_sum / total):.4f}",
-            "lr": f"{self.optimizer.param_groups[0]['lr']:.3e}",
+            "loss": f"{state.loss_sum / max(state.batches_counted, 1):.4f}",
+            "lr": f"{rates.pop('lr'):.3e}",
+            "grad_norm": f"{state.grad_norm_sum / max(state.steps_counted, 1):.4f}",
+            "grad_norm_max": f"{state.grad_norm_max:.4f}",
         }
-        logging.info("train, epoch %d: loss %s", epoch, stats["loss"])
-        return stats
+        if rates:
+            facts["lrs"] = {name: f"{rate:.3e}" for name, rate in rates.items()}
+        share = self._prefix_attention_share(samples)
+        if share is not None:
+            facts["prefix_attention_share"] = f"{share:.4f}"
+        num_bad = self._bad_samples.report(epoch)
+        if num_bad:
+            facts["bad_samples"] = num_bad
+        logging.info("train, epoch %d: loss %s", epoch, facts["loss"])
+        return facts
 
-    def _scaled(self, loss):
-        return loss if self.scaler is None else self.scaler.scale(loss)
+    @torch.no_grad()
+    def _prefix_attention_share(self, samples: Optional[Dict[str, Any]]) -> Optional[float]:
+        """On the epoch's last batch, without touching the run's randomness."""
+        model = self.unwrap_dist_model(self.model)
+        if samples is None or not hasattr(model, "prefix_attention_share"):
+            return None
+        randomness = get_rng_state(self.device)
+        model.eval()
+        with self.autocast():
+            share = model.prefix_attention_share(samples)
+        model.train()
+        set_rng_state(randomness, self.device)
+        return share
 
-    def _step(self) -> None:
-        max_norm = self.config.run_cfg.get("max_grad_norm", None)
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        if max_norm is not None:
-            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(trained, float(max_norm))
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.optimizer.zero_grad()
-
-    def _mean_over_ranks(self, value: float) -> float:
-        if not self.use_distributed:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.item() / get_world_size()
+    def _batches_done(self) -> int:
+        if "train" not in self.dataloaders:  # in an evaluation
+            return 0
+        return self.state.epoch * len(self.train_loader) + self.state.batch
 
     @torch.no_grad()
     def eval_epoch(self, split_name: str, cur_epoch, skip_reload: bool = False):
@@ -292,23 +519,40 @@ class RunnerKVMod(RunnerBase):
 
     # ------------------------------------------------------------ checkpoints and logs
 
-    @main_process
-    def _save_checkpoint(self, cur_epoch: int, is_best: bool = False) -> None:
-        """Write what is trained, and what a resumed run needs, to checkpoint_last.pth or checkpoint_best.pth."""
-        path = self.output_dir / (BEST if is_best else LAST)
-        checkpoints.save(
-            {
-                "model": checkpoints.trained_state_dict(self.unwrap_dist_model(self.model)),
+    def _save_checkpoint(self, cur_epoch: int, is_best: bool = False, in_place: bool = False) -> None:
+        """Write what is trained, and all that a resumed run needs to go on as if nothing had happened. All ranks call
+        it; rank 0 writes.
+
+        Raises:
+            RunFolderError: if it cannot be written.
+            FloatingPointError: if a parameter is not finite; what is on the disk stays.
+        """
+        randomness = gather([get_rng_state(self.device)])
+
+        def write() -> None:
+            weights = checkpoints.trained_state_dict(self.unwrap_dist_model(self.model))
+            _check_finite(weights)
+            contents = {
+                "model": weights,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict() if self.scaler else None,
-                "config": self.config.to_dict(),
+                "config": self._resolved_config(),
                 "epoch": cur_epoch,
-                "best_agg_metric": self.best_agg_metric,
-                "best_epoch": self.best_epoch,
-            },
-            path,
-        )
-        logging.info("saved %s (epoch %d)", path, cur_epoch)
+                "best_agg_metric": self.state.best_agg_metric,
+                "best_epoch": self.state.best_epoch,
+                "state": self.state.to_dict(),
+                "data": resuming.data_order(self.config.run_cfg, self.train_loader, get_world_size()),
+                "rng": randomness,
+                "log": self.log.text(),
+            }
+            if is_best:
+                path = self.folder.save_best(contents)
+            else:
+                keep = int(self._run_key("keep_last", KEEP_LAST))
+                path = self.folder.save_last(contents, keep=keep, in_place=in_place)
+            logging.info("saved %s (epoch %d)", path, cur_epoch)
+
+        on_main(write)
 
     def _reload_best_model(self, model):
         """Load the best checkpoint's weights (LAVIS fails if none was saved, runner_base.py:597)."""
@@ -316,27 +560,43 @@ class RunnerKVMod(RunnerBase):
         return model
 
     def _load_checkpoint(self, url_or_filename: str) -> None:
-        """Resume: weights, optimiser, scaler, epoch and best metric (LAVIS loads strictly what it saved in part,
-        runner_base.py:628, and forgets the best metric).
+        """Resume: weights, optimizer, scaler, position, best metric, randomness and log (LAVIS loads strictly what it
+        saved in part, runner_base.py:628, and forgets the rest).
 
         Raises:
             FileNotFoundError, CheckpointError: if it cannot be read or does not fit.
         """
-        state = checkpoints.read(url_or_filename)
-        self._load_trained(self.unwrap_dist_model(self.model), state, url_or_filename)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler is not None and state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
-        self.start_epoch = state["epoch"] + 1
-        self.best_agg_metric = state.get("best_agg_metric")
-        self.best_epoch = state.get("best_epoch")
-        logging.info("resumed from %s at epoch %d", url_or_filename, self.start_epoch)
+        contents = checkpoints.read(url_or_filename)
+        resuming.check(contents, url_or_filename)
+        resuming.warn_of_changes(contents, self._resolved_config(), get_world_size())
+        self._load_trained(self.unwrap_dist_model(self.model), contents, url_or_filename)
+        resuming.load_optimizer(self.optimizer, contents["optimizer"], url_or_filename)
+        if self.scaler is not None and contents.get("scaler"):
+            self.scaler.load_state_dict(contents["scaler"])
+        self.state = RunState.from_checkpoint(contents)
+        order = resuming.data_order(self.config.run_cfg, self.train_loader, get_world_size())
+        resuming.find_position(self.state, contents.get("data"), order)
+        resuming.restore_randomness(contents.get("rng"), self.device, get_rank(), get_world_size())
+        if is_main_process() and "log" in contents:
+            self.log.restore(contents["log"])
+        if not on_main(lambda: resuming.bring_best(self.state, Path(url_or_filename), self.output_dir / BEST)):
+            self.state.best_agg_metric = self.state.best_epoch = None
+            self.state.validations_since_best = 0
+        self.start_epoch = self.state.epoch
+        logging.info("resumed from %s at epoch %d, batch %d", url_or_filename, self.state.epoch, self.state.batch)
 
     @staticmethod
     def _load_trained(model, state: Dict[str, Any], source) -> None:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         frozen = set(model.state_dict()) - trained
         checkpoints.load_weights(model, state["model"], source=source, may_lack=frozen)
+
+    def _resolved_config(self) -> Dict[str, Any]:
+        return OmegaConf.to_container(self.config.config, resolve=True)
+
+    def log_stats(self, stats: Dict[str, Any], split_name: str) -> None:
+        """A line of log.txt (rank 0)."""
+        self.log.facts(split_name, stats, self._batches_done())
 
     @main_process
     def log_parts(self) -> None:
@@ -346,12 +606,27 @@ class RunnerKVMod(RunnerBase):
             logging.info("model parts:\n%s", parts_table(model.parts()))
 
 
+def _joined(split: str, datasets: List[Any]):
+    """One data set of a split's: LAVIS's concatenation, or the only one if it streams."""
+    if len(datasets) == 1 and stream_of(datasets[0]) is not None:
+        return datasets[0]
+    if any(stream_of(dataset) is not None for dataset in datasets):
+        raise NotImplementedError(f"split {split!r}: a streamed data set cannot be mixed with others; got {datasets}")
+    return concat_datasets({split: datasets})[split]
+
+
+def _num_samples(samples: Dict[str, Any]) -> int:
+    for key in ("image", "text_input", "instance_id"):
+        if key in samples:
+            return len(samples[key])
+    return 1
+
+
+def _check_finite(weights: Dict[str, torch.Tensor]) -> None:
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(f"{name} is not finite: not saved; the checkpoints on the disk stay as they were")
+
+
 def _short(metrics: Dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in metrics.items() if isinstance(value, (int, float)))
-
-
-def _identify(samples: Dict[str, Any]) -> str:
-    for key in ("instance_id", "question_id", "image_id", "image_key", "text_input"):
-        if key in samples:
-            return f"{key} {list(samples[key])[:8]}"
-    return "its samples carry no id"

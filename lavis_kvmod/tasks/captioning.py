@@ -1,16 +1,33 @@
 """``kvmod_captioning``: finetune and evaluate captioning on any data set that has its captions."""
 
 import logging
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Sequence, Set, Tuple
 
-from lavis.common.dist_utils import is_main_process
 from lavis.tasks.captioning import CaptionTask
 
-from lavis_kvmod.tasks.evaluation import DatasetEvaluation, as_list, plain_id
+from lavis_kvmod.tasks.caption_metrics import METRICS, CaptionScores, aggregate, score_captions
+from lavis_kvmod.tasks.datasets import BuildsDatasets
+from lavis_kvmod.tasks.evaluation import DatasetEvaluation, Row, plain_id, unscored, with_scores
+from lavis_kvmod.tasks.ground_truth import captions_of
+from lavis_kvmod.tasks.predictions import confidence
 
 
-class KVModCaptionTask(DatasetEvaluation, CaptionTask):
-    """LAVIS's captioning task with image ids of any type, scored against the data set's own captions."""
+class KVModCaptionTask(DatasetEvaluation, CaptionTask, BuildsDatasets):
+    """LAVIS's captioning task with image ids of any type, scored against the data set's own captions.
+
+    Args:
+        caption_metrics: which of `lavis_kvmod.tasks.caption_metrics.METRICS` to compute.
+        valid_loss: also compute the mean loss, where evaluation batches carry a caption.
+        **lavis: LAVIS's own arguments.
+    """
+
+    goodness = ("CIDEr", "ROUGE_L", "Bleu_4", "METEOR", "exact_match")
+
+    def __init__(self, *, caption_metrics: Sequence[str] = METRICS, valid_loss: bool = True, **lavis):
+        super().__init__(**lavis)
+        self.caption_metrics = tuple(caption_metrics)
+        self.valid_loss = valid_loss
+        self._told: Set[str] = set()
 
     @classmethod
     def setup_task(cls, cfg) -> "KVModCaptionTask":
@@ -22,9 +39,15 @@ class KVModCaptionTask(DatasetEvaluation, CaptionTask):
             min_len=run.get("min_len", 1),
             evaluate=run.get("evaluate", False),
             report_metric=run.get("report_metric", True),
+            caption_metrics=run.get("caption_metrics", METRICS),
+            valid_loss=run.get("valid_loss", True),
         )
 
-    def valid_step(self, model, samples) -> List[Dict[str, Any]]:
+    def has_targets(self, samples: Dict[str, Any]) -> bool:
+        """Whether a batch carries captions, as our data sets' do."""
+        return "text_input" in samples
+
+    def valid_step(self, model, samples) -> List[Row]:
         """One caption for each image of a batch."""
         captions = model.generate(
             samples,
@@ -32,28 +55,93 @@ class KVModCaptionTask(DatasetEvaluation, CaptionTask):
             num_beams=self.num_beams,
             max_length=self.max_len,
             min_length=self.min_len,
+            **with_scores(model.generate),
         )
         return [
-            {"instance_id": instance, "image_id": plain_id(image_id), "caption": caption}
+            {
+                "instance_id": instance,
+                "image_id": plain_id(image_id),
+                "caption": getattr(caption, "answer", caption),
+                **(confidence(caption) if hasattr(caption, "log_prob") else {}),
+            }
             for instance, image_id, caption in zip(samples["instance_id"], samples["image_id"], captions)
         ]
 
-    def after_evaluation(self, val_result, split_name, epoch, **kwargs) -> Optional[dict]:
-        """``exact_match`` in per cent: captions that equal a reference, case and spacing aside (rank 0)."""
-        rows = self.gather_predictions(val_result, split_name, epoch)
-        if not is_main_process():
-            return None
-        annotations = self.annotations()
-        if not self.report_metric:
-            return {"agg_metrics": 0.0}
-        if any("caption" not in annotations[row["instance_id"]] for row in rows):
-            logging.warning("%s has no captions: predictions are written, not scored", split_name)
-            return {}
-        hits = [
-            _plain(row["caption"]) in map(_plain, as_list(annotations[row["instance_id"]]["caption"])) for row in rows
+    def score(self, rows: List[Row], annotations: List[Row]) -> Tuple[List[Row], Dict[str, Any]]:
+        """COCO's metrics in LAVIS's units, and ``exact_match`` in per cent; by image, against all its captions.
+
+        An image that several instances show is scored once, by the first one's caption.
+        """
+        images = _by_image(rows, annotations)
+        references = [
+            list(dict.fromkeys(c for i in of_image for c in captions_of(annotations[i]))) for of_image in images
         ]
-        exact_match = 100 * sum(hits) / len(hits)
-        return {"exact_match": exact_match, "agg_metrics": exact_match}
+        rows = list(rows)
+        for of_image, known in zip(images, references):
+            for i in of_image:
+                rows[i] = _complete(rows[i], annotations[i], known)
+        if not self.report_metric:
+            return rows, unscored()
+
+        known = [(of_image[0], captions) for of_image, captions in zip(images, references) if captions]
+        if not known:
+            return rows, unscored()
+        if len(known) < len(images):
+            logging.warning(
+                "%d of %d images have no captions and were not scored", len(images) - len(known), len(images)
+            )
+        firsts, truths = zip(*known)
+        scores = score_captions([rows[i]["caption"] for i in firsts], truths, self.caption_metrics)
+        self._tell(scores)
+        for n, (i, captions) in enumerate(known):
+            rows[i]["exact_match"] = _is_exact(rows[i]["caption"], captions)
+            rows[i].update({name: values[n] for name, values in scores.by_image.items()})
+        exact_match = 100 * sum(rows[i]["exact_match"] for i in firsts) / len(firsts)
+        agg_metrics = aggregate(scores.metrics)
+        return rows, {
+            **scores.metrics,
+            "exact_match": exact_match,
+            "agg_metrics": exact_match / 100 if agg_metrics is None else agg_metrics,
+            "scored": len(firsts),
+            "tokeniser": scores.tokeniser,
+        }
+
+    def _tell(self, scores: CaptionScores) -> None:
+        """Say once a run what is left out and why."""
+        by_reason: Dict[str, List[str]] = {}
+        for name, reason in scores.left_out.items():
+            by_reason.setdefault(reason, []).append(name)
+        left_out = "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in by_reason.items())
+        for line in [*([f"left out {left_out}"] if left_out else []), *scores.notes]:
+            if line not in self._told:
+                logging.warning("caption metrics: %s", line)
+                self._told.add(line)
+
+
+def _by_image(rows: List[Row], annotations: List[Row]) -> List[List[int]]:
+    """Places of the rows that show the same image, in the order the images come."""
+    groups: Dict[Any, List[int]] = {}
+    for i, (row, annotation) in enumerate(zip(rows, annotations)):
+        # LAVIS's COCO set makes an id of the file name's end, which other files may share; its annotation has the name.
+        key = next((annotation[k] for k in ("image_id", "image") if annotation.get(k) is not None), row["image_id"])
+        groups.setdefault((type(key).__name__, key), []).append(i)
+    return list(groups.values())
+
+
+def _complete(row: Row, annotation: Row, references: List[str]) -> Row:
+    """A row as it is written: LAVIS's keys, and what one wants to know beside the prediction."""
+    return {
+        "instance_id": row["instance_id"],
+        "image_id": row["image_id"],
+        "image": plain_id(annotation.get("image", row["image_id"])),
+        "references": references,
+        "prediction": row["caption"],
+        **{key: value for key, value in row.items() if key not in ("instance_id", "image_id")},
+    }
+
+
+def _is_exact(caption: str, references: Sequence[str]) -> bool:
+    return _plain(caption) in map(_plain, references)
 
 
 def _plain(caption: str) -> str:

@@ -1,58 +1,186 @@
 """What both tasks share in evaluation: predictions by instance, gathered over ranks, scored against the data set."""
 
-import json
+import inspect
 import logging
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+import torch
 from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
+from torch import Tensor
 
+from lavis_kvmod.datasets.bad_samples import BadSampleCounter
 from lavis_kvmod.distributed import gather
 from lavis_kvmod.progress import Progress
+from lavis_kvmod.tasks.batches import steps
+from lavis_kvmod.tasks.predictions import write_predictions
+
+Row = Dict[str, Any]
+
+# Streamed images cannot be asked for again, so rank 0 keeps the first ones for the report's examples.
+PICTURES_KEPT = 96
+
+
+class Evaluated(NamedTuple):
+    """What is left of an evaluation, for a report: the rows as written, the data set, images by instance id where
+    they were streamed, and the row keys that say how good a row is, the best one first."""
+
+    rows: List[Row]
+    dataset: Any
+    pictures: Dict[str, Tensor]
+    goodness: Sequence[str]
 
 
 class DatasetEvaluation:
     """Mix-in for LAVIS tasks: the ground truth is the data set's own ``annotation``.
 
     A prediction is a dict with the sample's ``instance_id``; LAVIS's data sets put the same id on the annotation it
-    came from, so ids of questions and images may be of any type.
+    came from, so ids of questions and images may be of any type. Streamed data sets, which have no list of
+    annotations, send each sample's along in the batch, under ``annotation``.
+
+    A task gives `valid_step` (LAVIS's: one prediction a sample, in order), `has_targets` and `score`.
+
+    Attributes:
+        valid_loss: also compute the mean loss, where batches carry the targets.
+        evaluated: set this to a dict to be given there, by split, what evaluations leave (rank 0).
+        goodness: the keys in the rows that say how good one is, the best one first.
     """
+
+    valid_loss = True
+    goodness: Sequence[str] = ()
+    evaluated: Optional[Dict[str, Evaluated]] = None
+    _dataset: Any = None
+    _loss: Tuple[float, float] = (0.0, 0.0)  # sum of weighted losses, sum of weights
+    _bad: Optional[List[str]] = None
+    _pictures: Optional[Dict[str, Tensor]] = None
+
+    def has_targets(self, samples: Dict[str, Any]) -> bool:
+        """Whether a batch carries what a loss needs."""
+        raise NotImplementedError
+
+    def score(self, rows: List[Row], annotations: List[Row]) -> Tuple[List[Row], Dict[str, Any]]:
+        """Predictions and their annotations -> rows to be written, and metrics with ``agg_metrics`` and ``scored``."""
+        raise NotImplementedError
 
     def before_evaluation(self, model, dataset, **kwargs) -> None:
         """Remember which data set is being evaluated."""
         super().before_evaluation(model, dataset, **kwargs)
         self._dataset = dataset
 
-    def evaluation(self, model, data_loader, cuda_enabled: bool = True) -> List[Dict[str, Any]]:
-        """This rank's predictions."""
-        results = []
-        for samples in Progress(data_loader, "evaluating"):
+    @torch.no_grad()
+    def evaluation(self, model, data_loader, cuda_enabled: bool = True) -> List[Row]:
+        """This rank's predictions; what else it learns on the way (loss, bad samples) is kept for
+        `after_evaluation`."""
+        self._loss, self._bad, self._pictures = (0.0, 0.0), [], {}
+        results: List[Row] = []
+        for step in steps(data_loader, Progress(data_loader, "evaluating"), model, self.has_targets):
+            samples = step.samples
+            bad, annotations = samples.pop("bad_samples", []), samples.pop("annotation", None)
             samples = prepare_sample(samples, cuda_enabled=cuda_enabled)
-            results.extend(self.valid_step(model=model, samples=samples))
+            rows = self.valid_step(model=model, samples=samples)
+            loss = self._weighted_loss(model, samples) if self.valid_loss and step.all_have_targets else (0.0, 0.0)
+            if not step.counts:
+                continue
+            if annotations is not None:
+                rows = [{**row, "annotation": annotation} for row, annotation in zip(rows, annotations)]
+                self._keep_pictures(rows, samples["image"])
+            results += rows
+            self._bad += bad
+            self._loss = (self._loss[0] + loss[0], self._loss[1] + loss[1])
         return results
 
-    def gather_predictions(self, results, split_name: str, epoch) -> List[Dict[str, Any]]:
-        """The predictions of all ranks, each instance once; rank 0 also writes them to ``result/``."""
-        unique = {row["instance_id"]: row for row in gather(results)}
-        rows = list(unique.values())
-        if is_main_process():
-            path = Path(registry.get_path("result_dir")) / f"{split_name}_epoch{epoch}.json"
-            path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
-            logging.info("wrote %s predictions to %s", len(rows), path)
-        return rows
+    def after_evaluation(self, val_result, split_name, epoch=None, **kwargs) -> Optional[Dict[str, Any]]:
+        """Score all ranks' predictions, write them to ``result/`` and return the metrics (rank 0, else None).
 
-    def annotations(self) -> Dict[str, Dict[str, Any]]:
-        """The evaluated data set's annotations by instance id."""
-        return {ann["instance_id"]: ann for ann in self._dataset.annotation}
+        Raises:
+            BadDataError: on all ranks, if more samples were unreadable than the data set allows.
+        """
+        share = {"rows": val_result, "loss": self._loss, "bad": self._bad or []}
+        shares = gather([share])
+        rows = self._in_order(row for share in shares for row in share["rows"])
+        self._count_bad(len(rows), [text for share in shares for text in share["bad"]], epoch)
+        if not is_main_process():
+            return None
+        annotations = self._annotations(rows)
+        rows, metrics = self.score(rows, annotations)
+        total, weight = (sum(values) for values in zip(*(share["loss"] for share in shares)))
+        if weight > 0:
+            metrics["loss"] = total / weight
+        if metrics["scored"] == 0:
+            logging.warning(
+                "%s: nothing was scored (the data set has no ground truth, or report_metric is false); predictions are "
+                "written, and agg_metrics is 0 only because LAVIS's runners ask for a number",
+                split_name,
+            )
+        folder = Path(registry.get_path("result_dir"))
+        paths = write_predictions(rows, folder, f"{split_name}_epoch{epoch}")
+        logging.info("wrote %d predictions to %s and %s", len(rows), *paths)
+        self._write_leaderboard(rows, folder)
+        if self.evaluated is not None:
+            self.evaluated[split_name] = Evaluated(rows, self._dataset, self._pictures or {}, self.goodness)
+        return metrics
+
+    # ------------------------------------------------------------ while the batches pass
+
+    def _weighted_loss(self, model, samples: Dict[str, Any]) -> Tuple[float, float]:
+        """A batch's loss times its weight, and that weight; random numbers are drawn as if it had not been."""
+        device = samples["image"].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            output = model(self.with_prompt(dict(samples)))
+        # Another model than ours does not say over how many tokens its mean is: then each sample counts the same.
+        weight = float(output.get("loss_weight", len(samples["image"])))
+        return float(output["loss"]) * weight, weight
+
+    def with_prompt(self, samples: Dict[str, Any]) -> Dict[str, Any]:
+        """``samples`` as the training loss sees them."""
+        return samples
+
+    def _keep_pictures(self, rows: List[Row], images: Tensor) -> None:
+        wanted = PICTURES_KEPT - len(self._pictures) if is_main_process() and self.evaluated is not None else 0
+        for row, image in list(zip(rows, images))[:wanted]:
+            self._pictures[row["instance_id"]] = image.to("cpu", torch.float16)
+
+    # ------------------------------------------------------------ when all have passed
+
+    def _in_order(self, rows: Iterable[Row]) -> List[Row]:
+        """Each instance once, in the data set's order, however many ranks there were."""
+        unique = {row["instance_id"]: row for row in rows}
+        place = {ann["instance_id"]: i for i, ann in enumerate(getattr(self._dataset, "annotation", None) or [])}
+        return sorted(unique.values(), key=lambda row: place.get(row["instance_id"], len(place)))
+
+    def _annotations(self, rows: List[Row]) -> List[Row]:
+        """Each row's annotation: the one that came with it (taken out of the row), else the data set's."""
+        if any("annotation" in row for row in rows):
+            return [row.pop("annotation") for row in rows]
+        by_instance = {ann["instance_id"]: ann for ann in self._dataset.annotation}
+        return [by_instance[row["instance_id"]] for row in rows]
+
+    def _count_bad(self, num_good: int, bad: List[str], epoch) -> None:
+        share = getattr(self._dataset, "max_bad_share", None)
+        log = logging.warning if is_main_process() else (lambda *args: None)
+        counter = BadSampleCounter(log=log, **({} if share is None else {"max_share": share}))
+        counter.update(num_good, bad)
+        counter.report(epoch)
+
+    def _write_leaderboard(self, rows: List[Row], folder: Path) -> None:
+        write = getattr(self._dataset, "write_leaderboard", None)
+        if write is not None:
+            logging.info("wrote the file for the leaderboard to %s", write(rows, folder))
+
+
+def unscored() -> Dict[str, Any]:
+    """The metrics where there was nothing to score against. LAVIS's runners ask for ``agg_metrics``; that ``scored``
+    is 0 tells that it means nothing."""
+    return {"agg_metrics": 0.0, "scored": 0}
+
+
+def with_scores(method: Callable) -> Dict[str, bool]:
+    """``{"return_scores": True}`` if a model's method can say how sure it is (LAVIS's own models cannot)."""
+    return {"return_scores": True} if "return_scores" in inspect.signature(method).parameters else {}
 
 
 def plain_id(value) -> Any:
     """An id as JSON can hold it: a collated tensor becomes a number."""
     return value.item() if hasattr(value, "item") else value
-
-
-def as_list(value) -> List[str]:
-    """One answer or caption, or many, as a list."""
-    return [value] if isinstance(value, str) else list(value)

@@ -5,7 +5,7 @@ Normalisation is the official evaluation's, which LAVIS carries (``lavis/common/
 
 from collections import defaultdict
 from functools import lru_cache
-from typing import Dict, Iterable, List, Tuple
+from typing import Dict, Iterable, List, NamedTuple
 
 from lavis.common.vqa_tools.vqa_eval import VQAEval
 
@@ -28,6 +28,11 @@ def _without_punctuation(answer: str) -> str:
     return _official().processPunctuation(answer.replace("\n", " ").replace("\t", " ").strip())
 
 
+def is_soft(answers: List[str]) -> bool:
+    """Whether so many people answered that `accuracy` is VQA's soft one."""
+    return len(answers) >= ANNOTATORS_FOR_CONSENSUS
+
+
 def accuracy(prediction: str, answers: List[str]) -> float:
     """How right ``prediction`` is, in [0, 1].
 
@@ -41,20 +46,44 @@ def accuracy(prediction: str, answers: List[str]) -> float:
     if not answers:
         raise ValueError("an answer needs at least one reference answer to be scored against")
     predicted = normalise(prediction)
-    if len(answers) < ANNOTATORS_FOR_CONSENSUS:
+    if not is_soft(answers):
         return float(any(normalise(answer) == predicted for answer in answers))
-    if len(set(answers)) > 1:
-        answers = [_official().processPunctuation(answer) for answer in answers]
-    matches = [answer == predicted for answer in answers]
+    matches = [answer == predicted for answer in _as_compared(answers)]
     total = sum(matches)
     return sum(min(1.0, (total - match) / 3) for match in matches) / len(matches)
 
 
-def accuracy_by_type(scored: Iterable[Tuple[float, str]]) -> Dict[str, float]:
-    """Mean accuracy in per cent, ``overall`` and by question type, from (accuracy, type) pairs."""
-    by_type = defaultdict(list)
-    for value, question_type in scored:
-        by_type["overall"].append(value)
-        if question_type:
-            by_type[question_type].append(value)
-    return {name: 100 * sum(values) / len(values) for name, values in by_type.items()}
+def cannot_be_matched(answers: List[str]) -> bool:
+    """Whether no prediction at all could be right: the official rule normalises predictions alone, so that ten times
+    "Two" is matched by nothing ("Two" is read as "2"). The official files' answers are normalised already."""
+    return is_soft(answers) and not any(normalise(answer) == answer for answer in _as_compared(answers))
+
+
+def _as_compared(answers: List[str]) -> List[str]:
+    """What the official evaluation compares the normalised prediction with."""
+    if len(set(answers)) == 1:
+        return answers
+    return [_official().processPunctuation(answer) for answer in answers]
+
+
+class Scored(NamedTuple):
+    """A scored answer: its accuracy, whether that is the soft one, and the types of its question, if known."""
+
+    accuracy: float
+    soft: bool
+    question_type: str = ""
+    answer_type: str = ""
+
+
+def summarise(scored: Iterable[Scored]) -> Dict[str, float]:
+    """Means in per cent: ``overall``, ``vqa_accuracy`` (of the softly scored answers), ``exact_match`` (of the
+    others), ``answer_type/…`` and ``question_type/…``. What no answer belongs to has no key."""
+    groups = defaultdict(list)
+    for row in scored:
+        groups["overall"].append(row.accuracy)
+        groups["vqa_accuracy" if row.soft else "exact_match"].append(row.accuracy)
+        if row.answer_type:
+            groups[f"answer_type/{row.answer_type}"].append(row.accuracy)
+        if row.question_type:
+            groups[f"question_type/{row.question_type}"].append(row.accuracy)
+    return {name: 100 * sum(values) / len(values) for name, values in groups.items()}

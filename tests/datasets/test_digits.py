@@ -45,7 +45,9 @@ def test_a_training_batch_is_lavis_vqa_batch_with_keys(vqa):
 
 def test_an_evaluation_batch_names_question_and_instance(vqa):
     got = batch(vqa["test"])
-    assert set(got) == {"image", "text_input", "question_id", "instance_id", "image_key"}
+    targets = {"answer", "weight", "n_answers"}
+    assert set(got) == {"image", "text_input", "question_id", "instance_id", "image_key"} | targets
+    assert got["answer"][:4] == [q.answer for q in digits.questions(digits.load_scans("test")[0])]
     index = digits.load_scans("test")[0].index
     assert got["question_id"][:4] == [f"{index:04d}-{kind}" for kind in ("digit", "ink", "paper", "even")]
     assert got["instance_id"] == [str(i) for i in range(8)]
@@ -76,7 +78,7 @@ def test_every_answer_is_in_the_answer_list(vqa):
 def test_caption_batches(captions):
     train, test = batch(captions["train"], 3), batch(captions["test"], 3)
     assert set(train) == {"image", "text_input", "image_id", "image_key"}
-    assert set(test) == {"image", "image_id", "instance_id", "image_key"}
+    assert set(test) == {"image", "text_input", "image_id", "instance_id", "image_key"}
     scans = digits.load_scans("train")[:3]
     assert train["text_input"] == [digits.caption(scan) for scan in scans]
     assert train["image_id"] == [f"{scan.index:04d}" for scan in scans]

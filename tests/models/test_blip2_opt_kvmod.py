@@ -211,8 +211,10 @@ def test_closed_gate_changes_nothing_until_the_first_step(build, vqa_batch):
     assert gated[1] != plain[1]
 
 
-def test_unfreezing_the_vit_trains_it_in_float32(build, images):
-    model = build(freeze_vit=False, vit_precision="fp16").train()
+def test_unfreezing_the_vit_trains_it_in_float32_and_says_so(build, images, caplog):
+    with caplog.at_level("INFO"):
+        model = build(freeze_vit=False, vit_precision="fp16").train()
+    assert "so its weights are fp32, not fp16: half precision loses small updates" in caplog.text
     assert {p.dtype for p in model.visual_encoder.parameters()} == {torch.float32}
     model(image_batch(images))["loss"].backward()
     assert model.visual_encoder.patch_embed.proj.weight.grad.abs().sum() > 0

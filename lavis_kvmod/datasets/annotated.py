@@ -1,0 +1,209 @@
+"""Data sets made of a list of annotations: questions with answers, or images with captions.
+
+An annotation is a dict:
+
+=================  =====================================================================================================
+``image``          absolute path of the image file
+``image_id``       any number or text; the same for all rows of an image
+``source``         where it was read, for messages: ``train.csv, row 12``
+``question``       VQA; with ``question_id`` (any number or text, unique), and maybe ``question_type``, ``answer_type``
+``answer``         VQA: list of texts, as many as there were annotators; absent where the answers are not known
+``weight``         VQA: list of numbers, one for each answer; by default the share of annotators who gave it
+``caption``        captions: list of texts (in training, of one)
+``instance_id``    added here, as LAVIS does: the position in the data set, as text
+=================  =====================================================================================================
+
+Batches are LAVIS's: see `collate`.
+"""
+
+import hashlib
+import logging
+import numbers
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from lavis.datasets.datasets.base_dataset import BaseDataset
+from lavis.datasets.datasets.caption_datasets import CaptionDataset
+from lavis.datasets.datasets.vqa_datasets import VQADataset
+from lavis.processors.blip_processors import BlipImageEvalProcessor
+
+from lavis_kvmod.datasets.bad_samples import PROBLEMS_SHOWN, BadDataError, BadSamplePolicy, some_of
+from lavis_kvmod.datasets.images import BadImageError, read_image
+
+__all__ = [
+    "AnnotatedDataset",
+    "CaptionEvalData",
+    "CaptionTrainData",
+    "VQAEvalData",
+    "VQATrainData",
+    "answers_and_weights",
+    "collate",
+    "pixel_key",
+]
+
+Annotation = Dict[str, Any]
+Sample = Dict[str, Any]
+
+
+def answers_and_weights(annotation: Annotation) -> Tuple[List[str], List[float]]:
+    """The distinct answers in the order given, and what each weighs: its share of the annotators, as in LAVIS, or its
+    own ``weight``s together."""
+    answers = annotation["answer"]
+    weights = annotation.get("weight") or [1 / len(answers)] * len(answers)
+    total: Dict[str, float] = {}
+    for answer, weight in zip(answers, weights):
+        total[answer] = total.get(answer, 0.0) + weight
+    return list(total), list(total.values())
+
+
+def collate(samples: Sequence[Sample]) -> Dict[str, Any]:
+    """A batch as LAVIS's collaters make it.
+
+    ``image`` (b, 3, H, W); ``answer`` (all answers, flat), ``weight`` (sum of n,) and ``n_answers`` (b,) from the
+    samples' ``answers`` and ``weights``; ids as a tensor where all are whole numbers, else as a list; all else as lists
+    of b. ``bad_samples`` is there only if there were any. Keys that some samples lack are left out.
+    """
+    shared = [key for key in samples[0] if all(key in sample for sample in samples)]
+    batch: Dict[str, Any] = {}
+    for key in shared:
+        values = [sample[key] for sample in samples]
+        if key == "image":
+            batch[key] = torch.stack(values)
+        elif key == "answers":
+            batch["answer"] = [answer for answers in values for answer in answers]
+            batch["n_answers"] = torch.tensor([len(answers) for answers in values])
+        elif key == "weights":
+            batch["weight"] = torch.tensor([weight for weights in values for weight in weights], dtype=torch.float32)
+        elif key in ("question_id", "image_id"):
+            batch[key] = _ids(values)
+        elif key != "bad_samples":
+            batch[key] = values
+    bad = [text for sample in samples for text in sample.get("bad_samples", ())]
+    return {**batch, "bad_samples": bad} if bad else batch
+
+
+def _ids(values: List[Any]) -> Any:
+    """LAVIS's tasks want a tensor, which holds whole numbers of 64 bits only."""
+    whole = all(isinstance(v, numbers.Integral) and not isinstance(v, bool) and abs(v) < 2**63 for v in values)
+    return torch.tensor(values) if whole else values
+
+
+def pixel_key(vis_processor: Callable) -> Optional[str]:
+    """What tells apart image processors that give the same pixels every time; None for any other."""
+    if type(vis_processor) is not BlipImageEvalProcessor:
+        return None
+    return hashlib.sha256(repr(vis_processor.transform).encode()).hexdigest()[:8]
+
+
+class AnnotatedDataset(BaseDataset):
+    """What the data sets share: reading an image, and going on without those that cannot be read.
+
+    Where the image processor gives the same pixels every time, a sample carries an ``image_key``: equal keys mean equal
+    pixels, and a model may remember what its frozen encoders said of them.
+
+    Args:
+        vis_processor, text_processor: LAVIS processors.
+        annotations: see the module; they get an ``instance_id``.
+        policy: what happens when an image cannot be read.
+        answer_list: the answers to choose from, for tasks that rank them.
+    """
+
+    def __init__(
+        self,
+        vis_processor: Callable,
+        text_processor: Callable,
+        annotations: Sequence[Annotation],
+        *,
+        policy: BadSamplePolicy = BadSamplePolicy(),  # noqa: B008  (frozen)
+        answer_list: Optional[Sequence[str]] = None,
+    ):
+        super().__init__(vis_processor, text_processor, None, [])  # no files
+        self.annotation = list(annotations)
+        self._add_instance_ids()
+        self.on_bad_sample = policy.on_bad_sample
+        self.max_bad_share = policy.max_bad_share
+        self.answer_list = None if answer_list is None else list(answer_list)
+        self._warned = 0
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample there, or, with ``on_bad_sample: skip``, the next that can be read; ``bad_samples`` has a line for
+        each that could not.
+
+        Raises:
+            BadDataError: for an image that cannot be read, or, when skipping, for more of them in a row than
+                ``max_bad_share`` of the data set.
+            IndexError: past the end.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"no sample {index} in a data set of {len(self)}")
+        bad: List[str] = []
+        while True:
+            annotation = self.annotation[(index + len(bad)) % len(self)]
+            try:
+                image = read_image(annotation["image"])
+            except BadImageError as error:
+                bad.append(f"{annotation['source']}: {error}")
+                self._note(bad, error)
+                continue
+            return {**self._seen(image, annotation), **self._texts(annotation), "bad_samples": bad}
+
+    def _note(self, bad: List[str], error: BadImageError) -> None:
+        if self.on_bad_sample != "skip":
+            raise BadDataError(f"{bad[-1]}; mend it, or set on_bad_sample: skip") from error
+        if len(bad) > self.max_bad_share * len(self):
+            raise BadDataError(
+                f"{len(bad)} samples in a row could not be read, more than max_bad_share: {self.max_bad_share:g} of "
+                f"{len(self)}{some_of(bad)}"
+            ) from error
+        if self._warned < PROBLEMS_SHOWN:  # in each worker, in each epoch; the epoch's end tells the count
+            self._warned += 1
+            logging.warning("skipped: %s", bad[-1])
+
+    def _seen(self, image, annotation: Annotation) -> Sample:
+        sample = {"image": self.vis_processor(image)}
+        key = pixel_key(self.vis_processor)
+        return sample if key is None else {**sample, "image_key": f"{key}:{annotation['image']}"}
+
+    def _texts(self, annotation: Annotation) -> Sample:
+        """Everything but the image."""
+        raise NotImplementedError
+
+    def collater(self, samples: Sequence[Sample]) -> Dict[str, Any]:
+        """See `collate`."""
+        return collate(samples)
+
+
+class VQATrainData(AnnotatedDataset, VQADataset):
+    """Questions with their answers, for training."""
+
+    def _texts(self, annotation: Annotation) -> Sample:
+        answers, weights = answers_and_weights(annotation)
+        return {"text_input": self.text_processor(annotation["question"]), "answers": answers, "weights": weights}
+
+
+class VQAEvalData(AnnotatedDataset):
+    """Questions by id; with their answers where the split has them, so that a loss can be computed."""
+
+    def _texts(self, annotation: Annotation) -> Sample:
+        sample = {key: annotation[key] for key in ("question_id", "image_id", "instance_id")}
+        sample["text_input"] = self.text_processor(annotation["question"])
+        if annotation.get("answer"):
+            sample["answers"], sample["weights"] = answers_and_weights(annotation)
+        return sample
+
+
+class CaptionTrainData(AnnotatedDataset, CaptionDataset):
+    """Images with one caption each, for training; an image with five captions is there five times."""
+
+    def _texts(self, annotation: Annotation) -> Sample:
+        return {"text_input": self.text_processor(annotation["caption"][0]), "image_id": annotation["image_id"]}
+
+
+class CaptionEvalData(AnnotatedDataset):
+    """Images, each once; with the first caption where the split has them, so that a loss can be computed."""
+
+    def _texts(self, annotation: Annotation) -> Sample:
+        sample = {key: annotation[key] for key in ("image_id", "instance_id")}
+        if annotation.get("caption"):
+            sample["text_input"] = self.text_processor(annotation["caption"][0])
+        return sample

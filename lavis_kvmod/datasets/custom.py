@@ -1,0 +1,284 @@
+"""``custom_vqa`` and ``custom_caption``: one's own annotation files and image folders, set from YAML alone.
+
+All keys of a section are in docs/data.md.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+
+from omegaconf import DictConfig, OmegaConf
+
+from lavis_kvmod.datasets.annotated import Annotation
+from lavis_kvmod.datasets.bad_samples import BadDataError
+from lavis_kvmod.datasets.builder import AnnotationBuilder, CaptionBuilder, Splits, VQABuilder
+from lavis_kvmod.datasets.cells import first, read_id, read_text, read_texts, read_weight
+from lavis_kvmod.datasets.splits import DEFAULT_SEED, split_by_image, split_problems
+from lavis_kvmod.datasets.storage import stored, strings
+from lavis_kvmod.datasets.tables import Row, Table, read_table
+
+__all__ = ["CustomCaptionBuilder", "CustomVQABuilder"]
+
+# The keys of a section that both builders know.
+_SECTION_KEYS = (
+    *("type", "data_type", "build_info", "vis_processor", "text_processor", "on_bad_sample", "max_bad_share"),
+    *("columns", "split", "format", "delimiter", "encoding"),
+)
+
+
+class Column(NamedTuple):
+    """What may be under a key of ``columns``: must every file have it, and may it be several columns?"""
+
+    required: bool = False
+    several: bool = False
+
+
+class _CustomBuilder(AnnotationBuilder):
+    """Reads the files; which columns there are is the subclasses'."""
+
+    COLUMNS: Dict[str, Column]
+    OWN_KEYS: Tuple[str, ...]  # of the section
+
+    # ------------------------------------------------------------ which splits
+
+    @classmethod
+    def splits_given(cls, section: DictConfig) -> List[str]:
+        """The splits a run may use: those with files, and those that ``split`` takes from train."""
+        taken = [name for name in _mapping(section, "split") if name != "seed"]
+        return list(dict.fromkeys([*_files_by_split(section), *taken]))
+
+    @classmethod
+    def splits_read(cls, section: DictConfig, used: Set[str]) -> Set[str]:
+        """The splits whose files are needed for a run that uses ``used``."""
+        return used | {"train"} if _mapping(section, "split") else used
+
+    # ------------------------------------------------------------ from files to rows
+
+    def annotations(self) -> Splits:
+        """The rows of all files.
+
+        Raises:
+            BadDataError: listing what is wrong with the section's keys, and with whole files.
+        """
+        problems = self._section_problems() + self._missing_files()
+        if problems:
+            raise BadDataError(problems)
+        splits: Splits = {}
+        for split, names in _files_by_split(self.config).items():
+            paths = [stored(name) for name in names]
+            base_names = [path.name for path in paths]
+            splits[split] = []
+            for path in paths:
+                called = path.name if base_names.count(path.name) == 1 else str(path)
+                try:
+                    splits[split] += self._rows(path, split, called)
+                except BadDataError as error:
+                    problems += error.problems
+        if problems:
+            raise BadDataError(problems)
+        return splits
+
+    def divide(self, splits: Splits) -> Splits:
+        """``split: {val: 0.1, test: 0.1, seed: 42}`` takes images away from ``train``."""
+        shares = dict(_mapping(self.config, "split"))
+        seed = shares.pop("seed", DEFAULT_SEED)
+        return {**splits, **split_by_image(splits["train"], shares, seed)} if shares else splits
+
+    def _rows(self, path: Path, split: str, called: str) -> List[Annotation]:
+        expected = [name for key in self.COLUMNS for name in self._names(key)]
+        options = {key: self.config.get(key) for key in ("format", "delimiter", "encoding")}
+        table = read_table(path, expected=expected, name=called, **options)
+        columns = self._columns_in(table, split, called)
+        return [self._annotation(row, columns) for row in table.rows]
+
+    def _annotation(self, row: Row, columns: Dict[str, List[str]]) -> Annotation:
+        annotation: Annotation = {"source": row.source, "image": None}
+        if row.problem:
+            return {**annotation, "problem": row.problem}
+        cells = {key: [row.values.get(name) for name in names] for key, names in columns.items()}
+        try:
+            annotation["image"] = read_text(first(cells["image"]), "image")
+            annotation["image_id"] = read_id(first(cells["image_id"]), "image_id")
+            annotation.update(self._texts(cells))
+        except ValueError as error:
+            annotation["problem"] = str(error)
+        return annotation
+
+    def _texts(self, cells: Dict[str, List[Any]]) -> Annotation:
+        """What is asked and said, from the cells under each key. Raises ValueError for what makes no sense there."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------ columns
+
+    def _names(self, key: str) -> List[str]:
+        """The columns that are to be read for a key: as ``columns`` says, else the one of that name."""
+        return strings(_mapping(self.config, "columns").get(key, key))
+
+    def _columns_in(self, table: Table, split: str, called: str) -> Dict[str, List[str]]:
+        """The columns to read for each key.
+
+        Raises:
+            BadDataError: listing those that should be there and are not.
+        """
+        problems, found = [], {}
+        for key, column in self.COLUMNS.items():
+            names = self._names(key)
+            missing = [name for name in names if name not in table.columns]
+            close = [_did_you_mean(name, table.columns) for name in missing]
+            # A file without answers or captions is for prediction; one with a misspelt column is not.
+            required = column.required or (key == self.target and (split == "train" or any(close)))
+            if missing and (required or key in _mapping(self.config, "columns")):
+                wanted = ", ".join(repr(name) + hint for name, hint in zip(missing, close))
+                problems.append(
+                    f"{called}: expected a column {wanted} for columns.{key}; "
+                    f"got {', '.join(map(repr, table.columns)) or 'none'}"
+                )
+            found[key] = [name for name in names if name in table.columns]
+        if problems:
+            raise BadDataError(problems)
+        return found
+
+    # ------------------------------------------------------------ the section
+
+    def _section_problems(self) -> List[str]:
+        known = (*_SECTION_KEYS, *self.OWN_KEYS)
+        problems = [_unknown(key, known) for key in self.config if key not in known]
+        for key in ("columns", "split"):
+            if self.config.get(key) is not None and not OmegaConf.is_dict(self.config[key]):
+                problems.append(f"{key}: expected keys with values, got {self.config[key]!r}")
+        for key, names in _mapping(self.config, "columns").items():
+            column = self.COLUMNS.get(key)
+            if column is None:
+                problems.append(f"columns.{_unknown(key, list(self.COLUMNS))}")
+            elif OmegaConf.is_list(names) and not column.several:
+                problems.append(f"columns.{key}: expected the name of one column, got {list(names)}")
+            elif column.required and not strings(names):
+                problems.append(f"columns.{key}: expected the name of a column, got {names!r}")
+        split = _mapping(self.config, "split")
+        return problems + (split_problems(split, list(_files_by_split(self.config))) if split else [])
+
+    def _missing_files(self) -> List[str]:
+        problems = []
+        files = _files_by_split(self.config)
+        for split, names in files.items():
+            key = f"build_info.annotations.{split}.storage"
+            if not names:
+                problems.append(f"{key}: not set; set it to the annotation file, or to a list of files")
+            missing = [stored(name) for name in names if not stored(name).is_file()]
+            problems += [f"no file {path} (annotations of {split}); set {key} to yours" for path in missing]
+        if not files:
+            problems.append(
+                "build_info.annotations: names no file; set build_info.annotations.train.storage to the annotation file"
+            )
+        return problems
+
+
+class CustomVQABuilder(_CustomBuilder, VQABuilder):
+    """``custom_vqa``: rows with an image, a question, and one answer or many."""
+
+    DATASET_CONFIG_DICT = {"default": "configs/datasets/custom/defaults_vqa.yaml"}
+    OWN_KEYS = ("answer_separator", "answer_list")
+    COLUMNS = {
+        "image": Column(required=True),
+        "question": Column(required=True),
+        "answer": Column(several=True),
+        "weight": Column(several=True),
+        "question_id": Column(),
+        "image_id": Column(),
+        "question_type": Column(),
+        "answer_type": Column(),
+    }
+
+    @classmethod
+    def splits_read(cls, section: DictConfig, used: Set[str]) -> Set[str]:
+        """Also train, where it is there and its answers are the candidates for ranking."""
+        train = _files_by_split(section).get("train")
+        wanted = section.get("answer_list") is None and train and all(stored(name).is_file() for name in train)
+        return super().splits_read(section, used) | ({"train"} if wanted else set())
+
+    def _texts(self, cells: Dict[str, List[Any]]) -> Annotation:
+        separator = self.config.get("answer_separator")
+        texts: Annotation = {
+            "question": read_text(first(cells["question"]), "question"),
+            "question_id": read_id(first(cells["question_id"]), "question_id"),
+        }
+        if cells["answer"]:
+            texts["answer"] = read_texts(cells["answer"], "answer", separator)
+        if cells["weight"]:
+            texts["weight"] = [read_weight(text) for text in read_texts(cells["weight"], "weight", separator)]
+        for key in ("question_type", "answer_type"):
+            if cells[key]:
+                texts[key] = read_text(first(cells[key]), key)
+        return texts
+
+    def answer_list(self, splits: Splits) -> Optional[List[str]]:
+        """The section's ``answer_list``, else all answers of the train split."""
+        given = self.config.get("answer_list")
+        return super().answer_list(splits) if given is None else _answer_list(given)
+
+    def _section_problems(self) -> List[str]:
+        problems = super()._section_problems()
+        try:
+            self.answer_list({})
+        except BadDataError as error:
+            problems += error.problems
+        return problems
+
+
+class CustomCaptionBuilder(_CustomBuilder, CaptionBuilder):
+    """``custom_caption``: rows with an image and one caption or many; an image may have several rows."""
+
+    DATASET_CONFIG_DICT = {"default": "configs/datasets/custom/defaults_caption.yaml"}
+    OWN_KEYS = ("caption_separator",)
+    COLUMNS = {"image": Column(required=True), "caption": Column(several=True), "image_id": Column()}
+
+    def _texts(self, cells: Dict[str, List[Any]]) -> Annotation:
+        if not cells["caption"]:
+            return {}
+        return {"caption": read_texts(cells["caption"], "caption", self.config.get("caption_separator"))}
+
+
+def _mapping(section: DictConfig, key: str) -> Mapping[str, Any]:
+    value = section.get(key)
+    return value if OmegaConf.is_dict(value) else {}
+
+
+def _files_by_split(section: DictConfig) -> Dict[str, List[str]]:
+    """The annotation files of each split, as named; a split that is null is not there."""
+    given = _mapping(_mapping(section, "build_info"), "annotations")
+    return {
+        split: strings(entry.get("storage") if OmegaConf.is_dict(entry) else entry)
+        for split, entry in given.items()
+        if entry is not None
+    }
+
+
+def _answer_list(given: Any) -> List[str]:
+    """From a list in the YAML file, a JSON file with a list, or a text file with an answer a line."""
+    if OmegaConf.is_list(given):
+        answers = list(given)
+        if not all(isinstance(answer, str) for answer in answers):
+            raise BadDataError(f"answer_list: expected texts, got {answers}; YAML wants yes, no and numbers in quotes")
+    else:
+        path = stored(str(given))
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+            answers = json.loads(text) if path.suffix == ".json" else text.splitlines()
+        except (OSError, ValueError) as error:
+            raise BadDataError(f"answer_list: {path} is not readable: {error}") from error
+        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+            raise BadDataError(f'answer_list: expected {path} to hold a list of texts, such as ["yes", "no"]')
+    answers = list(dict.fromkeys(answer.strip() for answer in answers if answer.strip()))
+    if not answers:
+        raise BadDataError("answer_list: it is empty")
+    return answers
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    return f"{key}: not a key of this data set{_did_you_mean(key, known)}; known: {', '.join(known)}"

@@ -1,0 +1,109 @@
+"""The annotation files and image folders that LAVIS's builders name in ``build_info``, and how to come by them."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, List, Optional, Sequence, Union
+
+from omegaconf import DictConfig
+from torch.hub import download_url_to_file
+
+from lavis_kvmod.checkpoints import whole_or_nothing
+from lavis_kvmod.datasets.bad_samples import BadDataError
+from lavis_kvmod.datasets.storage import stored, strings
+from lavis_kvmod.weights import WeightFile
+
+__all__ = ["AnnotationFile", "annotation_files", "image_folder_problems"]
+
+Locate = Callable[[str], Union[str, Path]]
+
+_MOVE = "set LAVIS_CACHE_ROOT, or env.cache_root in the run file, to a folder of yours"
+
+
+@dataclass(frozen=True)
+class AnnotationFile:
+    """A file of one split, which is fetched where it is missing, as LAVIS does.
+
+    Attributes:
+        split: what needs it.
+        path: where it belongs.
+        url: where it comes from: a URL, or the path of a copy; None if it has to be there.
+        optional: whether one can do without.
+    """
+
+    split: str
+    path: Path
+    url: Optional[str] = None
+    optional: bool = False
+
+    @property
+    def is_here(self) -> bool:
+        """Whether nothing needs to be fetched."""
+        return self.path.is_file()
+
+    def problem(self) -> Optional[str]:
+        """Why it cannot be had, or None."""
+        if self.is_here or self.optional:
+            return None
+        key = f"build_info.annotations.{self.split}.storage"
+        problem = WeightFile(self.split, self.url or str(self.path), key).problem()
+        if problem:
+            return f"{problem} (looked for {self.path})" if self.url else problem
+        folder = next(folder for folder in self.path.parents if folder.exists())
+        if not os.access(folder, os.W_OK):
+            return f"{self.split}: {self.url} would be put at {self.path}, but {folder} cannot be written to; {_MOVE}"
+        return None
+
+    def fetch(self) -> None:
+        """Put it where it belongs, whole or not at all.
+
+        Raises:
+            BadDataError: if that fails; not for an optional one.
+        """
+        if self.is_here or (self.optional and not self.url):
+            return
+        try:
+            if self.url and Path(self.url).is_file():
+                with whole_or_nothing(self.path) as temporary:
+                    shutil.copyfile(self.url, temporary)
+            else:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                download_url_to_file(str(self.url), str(self.path))
+        except (OSError, ValueError) as error:  # ValueError: no URL at all
+            if not self.optional:
+                message = f"{self.split}: no file {self.path}, and fetching {self.url} failed ({error})"
+                raise BadDataError(f"{message}; put it there, or {_MOVE}") from error
+
+
+def annotation_files(
+    section: DictConfig, optional: Sequence[int] = (), locate: Locate = stored
+) -> List[AnnotationFile]:
+    """All files under ``build_info.annotations``, split by split, in their order.
+
+    Args:
+        section: a data set's section.
+        optional: positions, among an evaluated split's files, of those that one can do without.
+        locate: from a ``storage`` value to its path; LAVIS's own builders have ``get_cache_path``.
+    """
+    files = []
+    for split, info in (section.build_info.get("annotations") or {}).items():
+        storages, urls = strings(info.get("storage")), strings(info.get("url"))
+        for i, storage in enumerate(storages):
+            url = urls[i] if i < len(urls) else None
+            files.append(AnnotationFile(split, Path(locate(storage)), url, split != "train" and i in optional))
+    return files
+
+
+def image_folder_problems(section: DictConfig, images_from: str = "", locate: Locate = stored) -> List[str]:
+    """The folders of images (or videos) that are not there.
+
+    Args:
+        images_from: how to get them.
+        locate: as above.
+    """
+    key = f"build_info.{section.data_type}.storage"
+    roots = strings((section.build_info.get(section.data_type) or {}).get("storage"))
+    missing = [locate(root) for root in roots if not Path(locate(root)).exists()]
+    how = f"{images_from}, or " if images_from else ""
+    return [f"no folder {path} ({section.data_type}); {how}set {key} to yours" for path in missing]

@@ -1,0 +1,167 @@
+"""``wds_vqa`` and ``wds_caption``: from a data set's section in a run file to its splits in shards."""
+
+import logging
+from typing import Dict, List, Optional, Sequence
+
+from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+from omegaconf import DictConfig
+
+from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy
+from lavis_kvmod.datasets.shards.counting import count_all
+from lavis_kvmod.datasets.shards.datasets import (
+    SHUFFLE_BUFFER,
+    ShardDataset,
+    WdsCaptionEvalData,
+    WdsCaptionTrainData,
+    WdsVQAEvalData,
+    WdsVQATrainData,
+)
+from lavis_kvmod.datasets.shards.files import Shard, damage_of, find_shards, read_answers
+from lavis_kvmod.datasets.shards.rows import CAPTION, VQA, Kind
+from lavis_kvmod.datasets.storage import strings
+from lavis_kvmod.paths import resource
+
+__all__ = ["WdsCaptionBuilder", "WdsVQABuilder"]
+
+
+class _ShardBuilder(BaseDatasetBuilder):
+    """Builds the splits named under ``build_info.annotations``."""
+
+    kind: Kind
+
+    @classmethod
+    def default_config_path(cls, type: str = "default") -> str:
+        """The absolute path of the configuration of that type.
+
+        Raises:
+            ValueError: for an unknown type.
+        """
+        if type not in cls.DATASET_CONFIG_DICT:
+            known = ", ".join(cls.DATASET_CONFIG_DICT)
+            raise ValueError(f"{cls.__name__}: expected a type of {known}; got {type!r}")
+        return str(resource(cls.DATASET_CONFIG_DICT[type]))
+
+    @classmethod
+    def splits_given(cls, section: DictConfig) -> List[str]:
+        """The splits a run may use."""
+        return [split for split in _patterns(section) if _patterns(section)[split]]
+
+    @classmethod
+    def config_problems(cls, section: DictConfig) -> List[str]:
+        """All that can be told to be wrong without reading the shards; `lavis_kvmod.config` asks."""
+        try:
+            cls(section).find()
+        except BadDataError as error:
+            return error.problems
+        return []
+
+    def _download_data(self) -> None:
+        """Nothing is downloaded."""
+
+    def find(self) -> Dict[str, List[Shard]]:
+        """The shards of each split.
+
+        Raises:
+            BadDataError: listing what is wrong with the section, and the shards that are missing or cut short.
+        """
+        problems = _option_problems(self.config)
+        policy = BadSamplePolicy()
+        try:
+            policy = BadSamplePolicy.from_config(self.config)
+        except BadDataError as error:
+            problems += error.problems
+        splits = {}
+        for split, patterns in _patterns(self.config).items():
+            key = f"build_info.annotations.{split}.storage"
+            try:
+                splits[split] = find_shards(patterns, self.kind)
+            except BadDataError as error:
+                problems += [f"{key}: {problem}" for problem in error.problems]
+                continue
+            damaged = [damage for shard in splits[split] for damage in [damage_of(shard)] if damage]
+            if policy.skips:
+                for damage in damaged:
+                    logging.warning("%s; what is left of it is used", damage)
+            else:
+                problems += damaged
+            unknown = [shard.path.parent for shard in splits[split] if shard.contents is None]
+            if split == "train" and unknown and self.config.get("epoch_size") is None:
+                problems.append(
+                    f"epoch_size: not set, and {unknown[0]} has no index that tells how many samples there are; write "
+                    f"one (lavis-kvmod pack --index {patterns[0]}), or set it to the samples an epoch should have"
+                )
+        if not splits and not problems:
+            problems.append("build_info.annotations names no shards; set build_info.annotations.train.storage to yours")
+        if problems:
+            raise BadDataError(problems)
+        return splits
+
+    def build(self) -> Dict[str, ShardDataset]:
+        """The data sets of all splits. Shards for evaluation that have no index are read once, to count them.
+
+        Raises:
+            BadDataError: listing all that is wrong.
+        """
+        self.build_processors()
+        policy = BadSamplePolicy.from_config(self.config)
+        datasets = {}
+        for split, shards in self.find().items():
+            for_training = split == "train"
+            if not for_training:
+                shards = count_all(shards, self.kind, policy, split)
+            stage = "train" if for_training else "eval"
+            dataset_cls = self.train_dataset_cls if for_training else self.eval_dataset_cls
+            datasets[split] = dataset_cls(
+                self.vis_processors[stage],
+                self.text_processors[stage],
+                shards,
+                policy=policy,
+                epoch_size=self.config.get("epoch_size") if for_training else None,
+                shuffle_buffer=self.config.get("shuffle_buffer", SHUFFLE_BUFFER),
+                answer_list=self.answer_list(shards),
+            )
+        return datasets
+
+    def answer_list(self, shards: Sequence[Shard]) -> Optional[List[str]]:
+        """The answers to choose from, for tasks that rank them."""
+        return None
+
+
+class WdsVQABuilder(_ShardBuilder):
+    """``wds_vqa``: questions and answers in shards."""
+
+    kind = VQA
+    train_dataset_cls = WdsVQATrainData
+    eval_dataset_cls = WdsVQAEvalData
+    DATASET_CONFIG_DICT = {"default": "configs/datasets/wds/defaults_vqa.yaml"}
+
+    def answer_list(self, shards: Sequence[Shard]) -> Optional[List[str]]:
+        """Those of ``answers.json`` beside the shards, which ``lavis-kvmod pack`` writes."""
+        folders = dict.fromkeys(shard.path.parent for shard in shards)
+        answers = [answer for folder in folders for answer in read_answers(folder)]
+        return list(dict.fromkeys(answers)) or None
+
+
+class WdsCaptionBuilder(_ShardBuilder):
+    """``wds_caption``: images and captions in shards."""
+
+    kind = CAPTION
+    train_dataset_cls = WdsCaptionTrainData
+    eval_dataset_cls = WdsCaptionEvalData
+    DATASET_CONFIG_DICT = {"default": "configs/datasets/wds/defaults_caption.yaml"}
+
+
+def _patterns(section: DictConfig) -> Dict[str, List[str]]:
+    """The patterns of each split that names any."""
+    named = (section.get("build_info") or {}).get("annotations") or {}
+    patterns = {split: strings((entry or {}).get("storage")) for split, entry in named.items()}
+    return {split: given for split, given in patterns.items() if given}
+
+
+def _option_problems(section: DictConfig) -> List[str]:
+    problems = []
+    for key, least in (("epoch_size", 1), ("shuffle_buffer", 1)):
+        value = section.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            problems.append(f"{key}: expected a whole number above 0, got {value!r}")
+    return problems

@@ -1,0 +1,91 @@
+"""What the benchmarks of questions share: annotators who said nothing, and the file that an evaluation server takes."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Sequence
+
+from lavis_kvmod.checkpoints import whole_or_nothing
+from lavis_kvmod.datasets.annotated import Annotation, Sample, VQAEvalData, VQATrainData
+from lavis_kvmod.datasets.builder import Problem, VQABuilder
+
+__all__ = ["BenchmarkVQABuilder", "BenchmarkVQAEvalData", "BenchmarkVQATrainData"]
+
+
+class _Spoken:
+    """Leaves out annotators who gave no answer, from what is trained on; they still count where answers are scored."""
+
+    def _texts(self, annotation: Annotation) -> Sample:
+        answers = annotation.get("answer") or []
+        spoken = [answer for answer in answers if answer.strip()]
+        if len(spoken) < len(answers):
+            annotation = {**annotation, "answer": spoken, "weight": [1 / len(answers)] * len(spoken)}
+        return super()._texts(annotation)
+
+
+class BenchmarkVQATrainData(_Spoken, VQATrainData):
+    """Questions with the distinct answers among their ten, weighed by how many gave them."""
+
+
+class BenchmarkVQAEvalData(_Spoken, VQAEvalData):
+    """Questions by id, and the leaderboard's file.
+
+    Attributes:
+        benchmark, split: the file's name is made of; set by the builder.
+        leaderboard: true; evaluation then hands its answers to `write_leaderboard`.
+    """
+
+    benchmark = "vqa"
+    split = "test"
+    leaderboard = True
+
+    def write_leaderboard(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
+        """Write ``<benchmark>_<split>_leaderboard.json``, what the benchmark's server and official code take.
+
+        Args:
+            rows: ``question_id`` and ``answer`` of each question.
+            folder: where to write.
+
+        Returns:
+            The file's path. Questions without an answer are logged: the server refuses such a file.
+        """
+        answers = {str(row["question_id"]): str(row["answer"]) for row in rows}
+        ids = [row["question_id"] for row in self.annotation if str(row["question_id"]) in answers]
+        path = Path(folder) / f"{self.benchmark}_{self.split}_leaderboard.json"
+        with whole_or_nothing(path) as temporary:
+            entries = self.leaderboard_entries({question_id: answers[str(question_id)] for question_id in ids})
+            temporary.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+        logging.info("wrote %s for the evaluation server", path)
+        if len(ids) < len(self.annotation):
+            logging.warning(
+                "%s answers %d of %d questions: the evaluation server wants all", path, len(ids), len(self.annotation)
+            )
+        return path
+
+    def leaderboard_entries(self, answers: Dict[Any, str]) -> Any:
+        """What the file holds, from question ids, as the data set has them, and their answers."""
+        return [{"question_id": question_id, "answer": answer} for question_id, answer in answers.items()]
+
+
+class BenchmarkVQABuilder(VQABuilder):
+    """A builder whose data sets know which benchmark and split they are.
+
+    Attributes:
+        benchmark: its name, as in the leaderboard's file.
+    """
+
+    train_dataset_cls = BenchmarkVQATrainData
+    eval_dataset_cls = BenchmarkVQAEvalData
+    benchmark: str
+
+    def row_problem(self, row: Annotation, needs_target: bool) -> Optional[Problem]:
+        """As for any questions, but an annotator may have said nothing, if others did."""
+        spoken = [answer for answer in row.get("answer") or [] if answer.strip()]
+        return super().row_problem({**row, "answer": spoken}, needs_target)
+
+    def build(self) -> Dict[str, Any]:
+        """The data sets by split, each knowing whose it is."""
+        datasets = super().build()
+        for split, dataset in datasets.items():
+            dataset.benchmark, dataset.split = self.benchmark, split
+        return datasets

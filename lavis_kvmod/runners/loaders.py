@@ -1,0 +1,229 @@
+"""What a batch holds is a function of (seed, epoch, number of the batch): the order of the samples, and their
+augmentation. So a run can go on from any batch, with any number of workers, on any number of ranks.
+"""
+
+import logging
+import signal
+import threading
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+
+import torch
+from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Dataset, Sampler
+
+from lavis_kvmod.datasets.seeding import seeded, stable_hash
+
+__all__ = ["PADDING", "EpochBatches", "EpochLoader", "eval_loader", "stream_of"]
+
+# Key of a batch that stands in where a rank has no sample left: it is computed, so that all ranks take part in every
+# exchange, and counts nothing.
+PADDING = "is_padding"
+
+# Seconds a worker outlives a SIGTERM: time for the main process to finish its step and save.
+_WORKER_GRACE = 30
+
+# How often an epoch goes on after a worker process was lost (killed by the system for memory, mostly).
+_WORKERS_LOST = 3
+
+
+class BatchPlan(NamedTuple):
+    """What the loader asks a worker for: the epoch, the batch's number in it, its samples, whether it is padding."""
+
+    epoch: int
+    number: int
+    indices: List[int]
+    is_padding: bool
+
+
+class EpochBatches(Sampler[BatchPlan]):
+    """One rank's batches of an epoch.
+
+    The order of the samples depends on seed and epoch, as `torch.utils.data.DistributedSampler`'s; the ranks deal it
+    out among them, so that batch i of all ranks together is batch i of one process with ``world_size`` times the batch
+    size. Every sample comes once: where the last batch does not go round, some ranks' are smaller, and a rank that has
+    none gets one sample again, marked as padding.
+
+    Args:
+        num_samples: size of the data set.
+        batch_size: samples in a batch of this rank.
+        seed, rank, world_size: as usual.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1):
+        self._num_samples = num_samples
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._global_batch = batch_size * world_size
+        self._epoch, self._start = 0, 0
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Which epoch is read next, and from which of its batches on."""
+        self._epoch, self._start = epoch, start_batch
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return -(-self._num_samples // self._global_batch)
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        order = torch.randperm(self._num_samples, generator=generator).tolist()
+        for number in range(self._start, len(self)):
+            together = order[number * self._global_batch : (number + 1) * self._global_batch]
+            mine = together[self._rank :: self._world_size]
+            yield BatchPlan(self._epoch, number, mine or together[:1], is_padding=not mine)
+
+
+class _Batches(Dataset):
+    """A data set of whole batches, each sample read under a seed of its own."""
+
+    def __init__(self, dataset: Dataset, collate: Optional[Callable], seed: int):
+        self._dataset = dataset
+        self._collate = collate or torch.utils.data.default_collate
+        self._seed = seed
+
+    def __getitem__(self, plan: BatchPlan) -> Dict[str, Any]:
+        samples = []
+        for index in plan.indices:
+            with seeded(self._seed, plan.epoch, index):
+                samples.append(self._dataset[index])
+        with seeded(self._seed, plan.epoch, "batch", plan.number):
+            batch = self._collate(samples)
+        if plan.is_padding:
+            batch[PADDING] = True
+        return batch
+
+
+class EpochLoader:
+    """Training batches of a map-style data set, from any batch of any epoch on.
+
+    Iterating gives this rank's batches of the epoch set last. If a worker process is killed, reading goes on with new
+    ones, up to 3 times an epoch: what a batch holds does not depend on who reads it.
+
+    Args:
+        dataset: with a length.
+        batch_size: samples in a batch of this rank.
+        collate: makes a batch of samples; torch's default if None.
+        num_workers, pin_memory: as `torch.utils.data.DataLoader`.
+        seed, rank, world_size: see `EpochBatches`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        collate: Optional[Callable] = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ):
+        self.dataset = dataset
+        self._batches = EpochBatches(len(dataset), batch_size, seed=seed, rank=rank, world_size=world_size)
+        self._loader = DataLoader(
+            _Batches(dataset, collate, seed),
+            batch_size=None,  # the sampler's items are batches already
+            sampler=self._batches,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            collate_fn=_as_it_is,
+            worker_init_fn=_stay_calm,
+            generator=_own_generator(seed, rank),
+        )
+        self._epoch, self._start = 0, 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch, the same on all ranks."""
+        return len(self._batches)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Which epoch is read next, and from which of its batches on."""
+        self._epoch, self._start = epoch, start_batch
+
+    def __iter__(self) -> Iterator[Dict[str, Any]]:
+        number, lost = self._start, 0
+        while True:
+            self._batches.set_epoch(self._epoch, number)
+            try:
+                for batch in _quiet_iterator(self._loader):
+                    yield batch
+                    number += 1
+                return
+            except RuntimeError as error:
+                if not _is_lost_worker(error) or lost == _WORKERS_LOST:
+                    raise
+                lost += 1
+                logging.warning("a data worker was lost (%s); reading goes on at batch %d", error, number)
+
+
+def eval_loader(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    collate: Optional[Callable] = None,
+    num_workers: int = 0,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+    equal: bool = False,
+) -> DataLoader:
+    """Evaluation batches in order, each sample on one rank (DistributedSampler would repeat some to give all ranks as
+    many; so does this with ``equal``)."""
+    mine = list(range(rank, len(dataset), world_size))
+    if equal and len(mine) * world_size < len(dataset):
+        mine.append(len(dataset) - 1)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=mine,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=collate,
+        worker_init_fn=_stay_calm,
+        generator=_own_generator(seed, rank),
+        drop_last=False,
+    )
+
+
+def stream_of(dataset) -> Optional[Any]:
+    """The data set that makes its own loader (``make_loader``), alone or as the only one of a concatenation."""
+    while isinstance(dataset, (ConcatDataset, ChainDataset)) and len(dataset.datasets) == 1:
+        dataset = dataset.datasets[0]
+    return dataset if hasattr(dataset, "make_loader") else None
+
+
+def _own_generator(seed: int, rank: int) -> torch.Generator:
+    """A DataLoader draws a seed for its workers whenever it is iterated over; not from the run's own randomness."""
+    return torch.Generator().manual_seed(stable_hash("workers", seed, rank))
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def _quiet_iterator(loader: DataLoader) -> Iterator:
+    """``iter(loader)``, told of a worker's death where it reads, not by an error raised amid whatever is running.
+
+    PyTorch raises from a SIGCHLD handler, which may be halfway through an optimiser step; without the handler it finds
+    out within 5 s when it waits for a batch (torch/utils/data/_utils/signal_handling.py, dataloader.py).
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+
+def _is_lost_worker(error: RuntimeError) -> bool:
+    # It has no class of its own (dataloader.py, _try_get_data). An error in a data set reads "Caught … in DataLoader
+    # worker process" instead.
+    return "DataLoader worker (pid" in str(error)
+
+
+def _stay_calm(worker_id: int) -> None:
+    """In a worker: Ctrl-C and SIGTERM reach the whole process group, and the main process still wants its batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(_WORKER_GRACE))

@@ -1,0 +1,179 @@
+"""One optimizer step: over several batches, several ranks, and in spite of a batch that gives no number.
+
+The loss of a step is the mean over all its target tokens, whichever batch and rank they are in. A model that says
+over how much weight its loss is a mean (``loss_weight`` beside ``loss``) has its batches weighed by that; others' count
+1 each. With weights w and losses l, the step's gradient is ∇ Σ w·l / Σ w, so that accumulated batches, and those of
+several ranks, give what one large batch gives. A single batch on a single process is left as it is, bit for bit.
+"""
+
+import contextlib
+import logging
+import math
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lavis_kvmod.distributed import all_reduce_sum, gather
+from lavis_kvmod.runners.loaders import PADDING
+
+__all__ = ["BatchResult", "GradientStep", "StepResult", "identify"]
+
+
+class BatchResult(NamedTuple):
+    """A batch's loss over all ranks (None if some rank's is not finite), and the sums of ``counts`` over all ranks."""
+
+    loss: Optional[float]
+    counts: List[float]
+
+
+class StepResult(NamedTuple):
+    """The norm of the gradient before clipping; ``problem`` says why there was no step, if there was none."""
+
+    grad_norm: float
+    problem: Optional[str] = None
+
+
+class GradientStep:
+    """Adds up the gradients of a step's batches, and takes the step.
+
+    Args:
+        model: as wrapped for several processes.
+        inner: the model inside the wrapper, whose output carries ``loss_weight``.
+        train_step: the task's, ``(model=…, samples=…) -> loss`` (or a tuple that begins with it, as in LAVIS main).
+        optimizer, scaler: the scaler may be None.
+        autocast: gives the context to compute in.
+        max_grad_norm: clip to this norm; None for no clipping.
+        world_size, device: as usual.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        inner: nn.Module,
+        train_step: Callable[..., Any],
+        optimizer: Optimizer,
+        scaler: Optional[torch.amp.GradScaler] = None,
+        autocast: Callable[[], Any] = contextlib.nullcontext,
+        max_grad_norm: Optional[float] = None,
+        world_size: int = 1,
+        device: torch.device,
+    ):
+        self._model, self._inner = model, inner
+        self._train_step = train_step
+        self._optimizer, self._scaler = optimizer, scaler
+        self._autocast = autocast
+        self._max_grad_norm = max_grad_norm
+        self._world_size, self._device = world_size, device
+        self._loss_weight: Optional[Tensor] = None
+        inner.register_forward_hook(self._remember_loss_weight)
+        self._checked_gradients = False
+        self._begin()
+
+    def _begin(self) -> None:
+        # The first batch's mean weight over ranks: losses are divided by it, so that gradients keep their size.
+        self._reference: Optional[float] = None
+        self._total_weight = 0.0
+        self._problems: List[str] = []
+
+    def _remember_loss_weight(self, module, args, output) -> None:
+        self._loss_weight = output.get("loss_weight") if isinstance(output, dict) else None
+
+    def add(self, samples: Dict[str, Any], *, num_batches: int, is_last: bool, counts: List[float]) -> BatchResult:
+        """Compute one batch and add its gradient.
+
+        Args:
+            samples: the batch, on the device.
+            num_batches: how many batches this step has.
+            is_last: whether this is the step's last.
+            counts: numbers to be added up over all ranks, as there is an exchange anyway.
+        """
+        is_padding = bool(samples.pop(PADDING, False))
+        wait = isinstance(self._model, DistributedDataParallel) and not is_last
+        with self._model.no_sync() if wait else contextlib.nullcontext():  # gradients are exchanged once a step
+            with self._autocast():
+                self._loss_weight = None
+                loss = self._train_step(model=self._model, samples=samples)
+                loss = loss[0] if isinstance(loss, tuple) else loss
+            value = loss.item()
+            weight = 0.0 if is_padding else 1.0 if self._loss_weight is None else float(self._loss_weight)
+            is_bad = not math.isfinite(value)
+            weighted = 0.0 if is_bad else weight * value
+            bad, weight_sum, loss_sum, *sums = all_reduce_sum([is_bad, weight, weighted, *counts], self._device)
+            if bad:
+                self._note(f"the loss is {value}" if is_bad else None, samples)
+            elif not self._problems:
+                self._backward(loss, weight, weight_sum, alone=self._world_size == 1 and num_batches == 1)
+        mean = value if self._world_size == 1 else loss_sum / weight_sum if weight_sum else 0.0
+        return BatchResult(None if bad else mean, sums)
+
+    def _note(self, problem: Optional[str], samples: Dict[str, Any]) -> None:
+        told = gather([] if problem is None else [f"{problem} ({identify(samples)})"])
+        self._problems.extend(told)
+
+    def _backward(self, loss: Tensor, weight: float, weight_sum: float, alone: bool) -> None:
+        if not alone:
+            if self._reference is None:
+                self._reference = weight_sum / self._world_size or 1.0
+            loss = loss * (weight / self._reference)
+        self._total_weight += weight_sum
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+
+    def finish(self) -> StepResult:
+        """Take the step, unless a loss or the gradient is not finite; the gradients are then dropped."""
+        try:
+            if self._problems:
+                return StepResult(math.nan, "; ".join(self._problems))
+            self._check_gradients()
+            trained = [p for group in self._optimizer.param_groups for p in group["params"]]
+            if self._scaler is not None:
+                self._scaler.unscale_(self._optimizer)
+            if self._reference is not None and self._total_weight:
+                # DDP has taken the mean over ranks of gradients that were divided by the reference.
+                factor = self._reference * self._world_size / self._total_weight
+                if factor != 1:
+                    torch._foreach_mul_([p.grad for p in trained if p.grad is not None], factor)
+            norm = self._clip(trained)
+            if self._scaler is not None:  # it takes no step where a gradient is not finite, and scales less
+                self._scaler.step(self._optimizer)
+                self._scaler.update()
+            elif math.isfinite(norm):
+                self._optimizer.step()
+            else:
+                return StepResult(norm, f"the norm of the gradient is {norm}")
+            return StepResult(norm)
+        finally:
+            self._optimizer.zero_grad()
+            self._begin()
+
+    def _clip(self, parameters: List[nn.Parameter]) -> float:
+        limit = math.inf if self._max_grad_norm is None else self._max_grad_norm
+        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+
+    def _check_gradients(self) -> None:
+        """At the first step: does everything that is trained get a gradient?
+
+        Raises:
+            RuntimeError: with several processes, which would wait for it for ever.
+        """
+        if self._checked_gradients:
+            return
+        self._checked_gradients = True
+        without = [n for n, p in self._inner.named_parameters() if p.requires_grad and p.grad is None]
+        if not without:
+            return
+        message = f"{len(without)} trained parameters got no gradient from the first step: {', '.join(without[:12])}"
+        if self._world_size > 1:
+            raise RuntimeError(f"{message}; freeze them (requires_grad_(False)), or use them in the loss")
+        logging.warning("%s; they will not change", message)
+
+
+def identify(samples: Dict[str, Any]) -> str:
+    """The ids of a batch's samples, as far as it carries any."""
+    for key in ("instance_id", "question_id", "image_id", "image_key", "text_input"):
+        if key in samples:
+            return f"{key} {list(samples[key])[:8]}"
+    return "its samples carry no id"

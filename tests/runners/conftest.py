@@ -1,0 +1,136 @@
+"""A run that is small, and random wherever a real one is: crops, dropout, drawn answers of different lengths."""
+
+import json
+import multiprocessing
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+WORDS = ["red", "seven", "yes", "the ink is blue", "a cat on a mat", "no, it is even"]
+
+
+@pytest.fixture()
+def write_run(tmp_path, model_config, monkeypatch):
+    """A function: the path of a run file with 13 training samples, with overrides of its model and run sections."""
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(13):
+        Image.effect_noise((40 + i, 36), 60).convert("RGB").save(data / f"{i}.png")
+
+    def rows(ids):
+        return [
+            {
+                "image": f"{i % 13}.png",
+                "question": f"what is written on scan {i}?",
+                "question_id": i,
+                "answer": [WORDS[i % 6], WORDS[i % 6], WORDS[(i + 1) % 6]],
+                "dataset": "vqa",
+            }
+            for i in ids
+        ]
+
+    (data / "train.json").write_text(json.dumps(rows(range(13))))
+    (data / "val.json").write_text(json.dumps(rows(range(13, 17))))
+    (data / "answers.json").write_text(json.dumps(WORDS))
+    evaluated = [str(data / "val.json"), str(data / "answers.json")]
+    train_file = [str(data / "train.json")]
+
+    def write(model=(), crops="blip_image_train", name="run.yaml", **run):
+        cfg = {
+            "model": {**model_config(**dict(model)), "model_type": "pretrain_opt2.7b"},
+            "datasets": {
+                "coco_vqa": {
+                    "vis_processor": {
+                        "train": {"name": crops, "image_size": 28},
+                        "eval": {"name": "blip_image_eval", "image_size": 28},
+                    },
+                    "text_processor": {k: {"name": "blip_question"} for k in ("train", "eval")},
+                    "build_info": {
+                        "annotations": {
+                            "train": {"url": train_file, "storage": train_file},
+                            "val": {"url": evaluated, "storage": evaluated},
+                            "test": {"url": evaluated, "storage": evaluated},
+                        },
+                        "images": {"storage": str(data)},
+                    },
+                }
+            },
+            "run": {
+                "task": "kvmod_vqa",
+                "device": "cpu",
+                "max_epoch": 2,
+                "init_lr": 1e-3,
+                "warmup_steps": 3,
+                "warmup_lr": 1e-5,
+                "batch_size_train": 2,
+                "batch_size_eval": 4,
+                "num_workers": 0,
+                "num_beams": 1,
+                "max_len": 2,
+                "output_dir": "output",
+                "valid_splits": ["val"],
+                "test_splits": [],
+                "tensorboard": False,
+                **run,
+            },
+        }
+        path = tmp_path / name
+        OmegaConf.save(OmegaConf.create(cfg), path)
+        return str(path)
+
+    return write
+
+
+def _child(function, folder, output):
+    os.makedirs(folder, exist_ok=True)
+    os.chdir(folder)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)  # pytest had put its own there
+    try:
+        function()
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@pytest.fixture()
+def in_process(tmp_path):
+    """A function: run something in a second process, in a folder; gives its exit code (negative: the signal that killed
+    it) and what it wrote. Forked, so that LAVIS need not be imported again."""
+
+    def run(function, folder="."):
+        output = tmp_path / "process.txt"
+        output.unlink(missing_ok=True)
+        process = multiprocessing.get_context("fork").Process(target=_child, args=(function, tmp_path / folder, output))
+        process.start()
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+            pytest.fail(f"still running after 120 s:\n{output.read_text()}")
+        return process.exitcode, output.read_text()
+
+    return run
+
+
+@pytest.fixture()
+def runs(tmp_path):
+    """A function: the run folders in ``folder/output``, in order of their names."""
+
+    def find(folder=".") -> list:
+        return sorted(p for p in (Path(tmp_path) / folder / "output").iterdir() if p.is_dir())
+
+    return find

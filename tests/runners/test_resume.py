@@ -1,0 +1,115 @@
+"""A run that is killed and resumed ends as one that never was: parameters bit for bit, and its log."""
+
+import os
+import random
+import signal
+
+import pytest
+import torch
+
+from lavis_kvmod import checkpoints
+from lavis_kvmod.train import train
+
+LAST = "checkpoint_last.pth"
+
+
+def killed_before_step(path, step, options=(), signum=signal.SIGKILL):
+    """What a child process does: train, and send itself a signal before optimizer step ``step`` (from 0)."""
+
+    def run():
+        take, taken = torch.optim.AdamW.step, []
+
+        def step_or_die(self, *args, **kwargs):
+            if len(taken) == step:
+                os.kill(os.getpid(), signum)
+            taken.append(1)
+            return take(self, *args, **kwargs)
+
+        torch.optim.AdamW.step = step_or_die
+        train(path, list(options))
+
+    return run
+
+
+def flat(value, name=""):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from flat(inner, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            yield from flat(inner, f"{name}.{i}")
+    else:
+        yield name, value
+
+
+def assert_same_run(first, second):
+    """Checkpoints equal in every bit (parameters, optimizer, randomness, position, metrics), and so are the logs."""
+    for name in (LAST, "checkpoint_best.pth"):
+        one, two = (dict(flat({**checkpoints.read(f / name), "config": None, "log": None})) for f in (first, second))
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            same = torch.equal(value, two[key]) if isinstance(value, torch.Tensor) else value == two[key]
+            assert same, f"{name}: {key}"
+    one, two = ((folder / "log.txt").read_text().splitlines() for folder in (first, second))
+    # A run that was killed before it saved anything starts anew, with the option it was then given.
+    assert [line for line in one if "resume_ckpt_path" not in line] == [
+        line for line in two if "resume_ckpt_path" not in line
+    ]
+
+
+def test_killed_in_the_middle_of_an_epoch(write_run, in_process, runs):
+    """With workers, accumulation, random crops, dropout and drawn answers. 7 batches an epoch make 4 steps: step 6 is
+    in the second epoch, and the checkpoint before it too."""
+    options = dict(num_workers=2, accum_grad_iters=2, save_every_n_iters=2, resume_ckpt_path="auto")
+    path = write_run(**options)
+    assert in_process(lambda: train(path), "whole")[0] == 0
+    assert in_process(killed_before_step(path, 6), "killed")[0] == -signal.SIGKILL
+    (folder,) = runs("killed")
+    saved = checkpoints.read(folder / LAST)
+    assert (saved["epoch"], saved["state"]["batch"]) == (1, 4)
+    code, output = in_process(lambda: train(path), "killed")
+    assert code == 0, output
+    assert runs("killed") == [folder] and "at epoch 1, batch 4" in output
+    assert_same_run(folder, runs("whole")[0])
+
+
+def test_the_comparison_notices(write_run, in_process, runs):
+    """The same run with another seed is another run: dropout, crops and answers are drawn."""
+    path = write_run(max_epoch=1, valid_splits=[])
+    in_process(lambda: train(path), "one")
+    in_process(lambda: train(path), "same")
+    in_process(lambda: train(path, ["run.seed=7"]), "other")
+    assert_same_run(runs("one")[0], runs("same")[0])
+    with pytest.raises(AssertionError):
+        assert_same_run(runs("one")[0], runs("other")[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_anywhere(write_run, in_process, runs, seed):
+    """Random settings, killed twice at random steps, resumed by path or by itself."""
+    choose = random.Random(seed)
+    options = dict(
+        num_workers=choose.choice([0, 2]),
+        accum_grad_iters=choose.choice([1, 2, 3]),
+        save_every_n_iters=choose.choice([1, 2, 3]),
+        keep_last=choose.choice([1, 2, 3]),
+        max_epoch=3,
+        model={"cache_frozen_features": seed % 2 == 1},
+    )
+    path = write_run(**options)
+    assert in_process(lambda: train(path), "whole")[0] == 0
+    steps = 3 * -(-7 // options["accum_grad_iters"])
+    resume = []
+    for _ in range(2):
+        code, output = in_process(killed_before_step(path, choose.randrange(steps), resume), "killed")
+        assert code in (0, -signal.SIGKILL), output
+        if choose.random() < 0.5:
+            resume = ["run.resume_ckpt_path=auto"]
+        else:
+            with_checkpoint = [folder for folder in runs("killed") if (folder / LAST).exists()]
+            resume = [f"run.resume_ckpt_path={with_checkpoint[-1] / LAST}"] if with_checkpoint else []
+    code, output = in_process(lambda: train(path, resume), "killed")
+    assert code == 0, output
+    finished = [folder for folder in runs("killed") if (folder / LAST).exists()]
+    assert_same_run(finished[-1], runs("whole")[0])
