@@ -10,6 +10,7 @@ from lavis_kvmod import __version__, _hook
 _COMMANDS = {
     "params": ("lavis_kvmod.params", "count a model's parameters and bytes by part, without loading it"),
     "convert": ("lavis_kvmod.conversion.command", "write a checkpoint in another layout: LAVIS's or Hugging Face's"),
+    "pack": ("lavis_kvmod.pack", "write a run file's data as tar shards (webdataset), or an index for shards"),
     "demo": (
         "lavis_kvmod.demo.run",
         "train on scanned digits with and without KV modulation, and compare (CPU, minutes)",

@@ -227,7 +227,9 @@ def test_only_the_files_of_used_splits_are_asked_for(run_file, benchmarks):
     """The default of nearly every LAVIS set names train files, which an evaluation would download."""
     missing = {"build_info": {"annotations": {"train": {"url": ["/no.json"], "storage": ["/no.json"]}}}}
     load_config(run_file({"ok_vqa": missing}, test_splits=["test"]), ["run.evaluate=true"])
-    with pytest.raises(ConfigurationError, match="datasets.ok_vqa: train: no such file /no.json; set build_info"):
+    with pytest.raises(
+        ConfigurationError, match="datasets.ok_vqa: train: no file /no.json, and /no.json cannot be had; get it"
+    ):
         load_config(run_file({"ok_vqa": missing}, test_splits=["test"]))
 
 

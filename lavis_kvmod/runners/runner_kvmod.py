@@ -378,9 +378,15 @@ class RunnerKVMod(RunnerBase):
             state.batch = i + 1
             pace.done_batch()
             rate = self.optimizer.param_groups[0]["lr"]
-            progress.status(f"loss {state.loss_sum / max(state.batches_counted, 1):.4f} lr {rate:.2e}")
+            progress.status(f"loss {state.mean_loss():.4f} lr {rate:.2e}")
             if (i + 1) % self.log_freq == 0 or i + 1 == total:
-                facts = {"epoch": epoch, "batch": i + 1, "lr": rate, **pace.facts(state.samples, self.device)}
+                facts = {
+                    "epoch": epoch,
+                    "batch": i + 1,
+                    "loss": round(state.mean_loss(), 4),
+                    "lr": rate,
+                    **pace.facts(state.samples, self.device),
+                }
                 self.log.timing(facts, self._batches_done())
             if is_last and state.batch < total:  # at the end of the epoch there is more to save
                 self._save_in_between(epoch, stop)
@@ -397,20 +403,16 @@ class RunnerKVMod(RunnerBase):
         self.schedule.set(epoch=state.epoch, step=i // accumulate, steps_per_epoch=-(-total // accumulate))
         bad_samples = samples.pop("bad_samples", [])
         size = 0 if samples.get(PADDING) else _num_samples(samples)
-        result = self.gradient_step.add(
+        num_samples, num_bad, stop = self.gradient_step.add(
             samples,
             num_batches=group_size,
             is_last=is_last,
             counts=[size, len(bad_samples), self.signals.received is not None],
         )
-        num_samples, num_bad, stop = result.counts
         state.samples += int(num_samples)
         bad_samples = gather(bad_samples) if num_bad else []
         state.bad_samples = list(dict.fromkeys([*state.bad_samples, *bad_samples]))
         self._bad_samples.update(int(num_samples), bad_samples)
-        if result.loss is not None:
-            state.batches_counted += 1
-            state.loss_sum += result.loss
         if is_last:
             self._step(i)
         if not self.use_distributed:  # nobody to agree with, so what came during the step counts too
@@ -421,8 +423,10 @@ class RunnerKVMod(RunnerBase):
         state = self.state
         result = self.gradient_step.finish()
         if result.problem is None:
+            state.steps_counted += 1
+            state.loss_sum += result.loss
             if math.isfinite(result.grad_norm):  # fp16's scaler finds its scale by overflowing now and then
-                state.steps_counted += 1
+                state.norms_counted += 1
                 state.grad_norm_sum += result.grad_norm
                 state.grad_norm_max = max(state.grad_norm_max, result.grad_norm)
             return
@@ -461,9 +465,9 @@ class RunnerKVMod(RunnerBase):
         rates = self.schedule.rates()
         facts: Dict[str, Any] = {
             "epoch": epoch,
-            "loss": f"{state.loss_sum / max(state.batches_counted, 1):.4f}",
+            "loss": f"{state.mean_loss():.4f}",
             "lr": f"{rates.pop('lr'):.3e}",
-            "grad_norm": f"{state.grad_norm_sum / max(state.steps_counted, 1):.4f}",
+            "grad_norm": f"{state.grad_norm_sum / max(state.norms_counted, 1):.4f}",
             "grad_norm_max": f"{state.grad_norm_max:.4f}",
         }
         if rates:

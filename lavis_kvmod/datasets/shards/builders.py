@@ -119,6 +119,7 @@ class _ShardBuilder(BaseDatasetBuilder):
                 epoch_size=self.config.get("epoch_size") if for_training else None,
                 shuffle_buffer=self.config.get("shuffle_buffer", SHUFFLE_BUFFER),
                 answer_list=self.answer_list(shards),
+                split=split,
             )
         return datasets
 

@@ -3,6 +3,8 @@
 import collections
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -278,5 +280,52 @@ def test_a_shard_deleted_while_training_is_named(vqa_shards):
     loader = train_data(folder, policy=BadSamplePolicy("skip")).make_loader(batch_size=2, num_workers=2)
     list(loader)
     (folder / "001.tar").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no shard .*001.tar; it has been moved or deleted since"):
-        list(loader)
+    with pytest.raises(FileNotFoundError, match=r"^no shard .*001.tar; it has been moved or deleted since"):
+        list(loader)  # without the worker's traceback
+
+
+def test_a_rank_without_samples_can_have_one(vqa_shards):
+    """Ranks that must keep in step in an evaluation."""
+    folder = vqa_shards([1])
+    write_indices([str(folder)])
+    loader = eval_data(folder).make_loader(batch_size=2, num_workers=2, rank=0, world_size=2)
+    assert len(loader) == 0 and list(loader) == []
+    assert loader.first_sample()["instance_id"] == ["p00000"]
+
+
+RANK_SCRIPT = """
+import collections, sys
+import torch.distributed as dist
+from lavis.processors.blip_processors import BlipImageTrainProcessor, BlipQuestionProcessor
+from lavis_kvmod.datasets.shards.datasets import WdsVQAEvalData, WdsVQATrainData
+from lavis_kvmod.datasets.shards.files import find_shards
+
+dist.init_process_group("gloo")
+where = dict(rank=dist.get_rank(), world_size=dist.get_world_size())
+shards = find_shards([sys.argv[1]])
+for cls in (WdsVQATrainData, WdsVQAEvalData):
+    data = cls(BlipImageTrainProcessor(16), BlipQuestionProcessor(), shards)
+    loader = data.make_loader(batch_size=5, num_workers=2, **where)
+    seen = []
+    for number, batch in enumerate(loader):
+        if data.for_training:
+            dist.barrier()  # would wait for ever if a rank had fewer
+        seen += [] if "is_padding" in batch else batch["answer"]
+    both = [None, None]
+    dist.all_gather_object(both, seen)
+    assert both[0] and both[1]
+    assert collections.Counter(both[0] + both[1]) == collections.Counter(
+        f"a{n}-{q}" for n in range(int(sys.argv[2])) for q in range(2)
+    )
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_real_processes_share_the_data(indexed, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK_SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    arguments = [str(indexed), str(sum(SIZES))]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
