@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -146,3 +147,19 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(run_file, tmp_path
             break
     assert killed >= 5 and status == 0
     assert {path.name: path.read_bytes() for path in (out / "train").iterdir() if path.name != ".lock"} == whole
+
+
+def test_the_pages_run_file_section_builds(run_file, tmp_path):
+    """docs/shards.md: what it says to write, over shards packed here."""
+    page = (Path(__file__).parents[1] / "docs" / "shards.md").read_text(encoding="utf-8")
+    pack(run_file, str(tmp_path / "out"), splits=["train"])
+    pack(run_file, str(tmp_path / "out"), splits=["test"])
+    (tmp_path / "out" / "test").rename(tmp_path / "out" / "val")
+    (block,) = [text.split("```")[0] for text in page.split("```yaml\n")[1:]]
+    written = yaml.safe_load(block.replace("/data/shards", str(tmp_path / "out")))["datasets"]["wds_vqa"]
+    section = OmegaConf.load(WdsVQABuilder.default_config_path()).datasets.wds_vqa
+    datasets = WdsVQABuilder(OmegaConf.merge(section, written)).build_datasets()
+    assert {split: len(dataset) for split, dataset in datasets.items()} == {"train": 9, "val": 9}
+    table = page[page.index("## All keys") : page.index("## What is in a shard")]
+    for key in set(section) - {"data_type", "build_info"}:
+        assert f"`{key}`" in table, key

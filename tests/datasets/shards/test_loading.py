@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from lavis.processors.blip_processors import BlipImageTrainProcessor, BlipQuestionProcessor
+from lavis.processors.blip_processors import BlipImageEvalProcessor, BlipImageTrainProcessor, BlipQuestionProcessor
 
 from lavis_kvmod.datasets.bad_samples import BadSamplePolicy
 from lavis_kvmod.datasets.shards import datasets, stream
@@ -182,7 +182,9 @@ def test_what_is_skipped_is_not_decoded_and_its_shards_are_not_opened(indexed, m
     loader.set_epoch(0, len(loader) - 1)
     (last,) = loader
     assert len(decoded) == len(last["answer"]) == 4
-    assert len(opened) < len(SIZES)
+    shard_of = [shard for shard, size in enumerate(SIZES) for _ in range(size)]
+    needed = {shard_of[int(answer[1:].split("-")[0])] for answer in last["answer"]}
+    assert len(needed) < len(SIZES) and sorted(path.name for path in opened) == sorted(f"{n:03d}.tar" for n in needed)
 
 
 def test_epochs_shorter_than_the_data_go_through_all_of_it(indexed):
@@ -247,6 +249,18 @@ def test_an_evaluation_batch_has_what_tasks_want(indexed):
     annotation = batch["annotation"][2]
     assert annotation["instance_id"] == "p00001#0" and annotation["answer"] == ["a1-0"]
     assert annotation["source"].endswith("000.tar, p00001")
+
+
+def test_equal_image_keys_mean_equal_pixels(write_shard, picture, tmp_path):
+    """Also where shards of different makers call their images alike."""
+    rows = [{"image": "0.png", "question": "q?", "answer": ["a"]}] * 2
+    for n in range(2):
+        write_shard(tmp_path / f"{n}" / "a.tar", [{"__key__": f"k{n}", "png": picture(n), "json": rows}])
+    write_indices([str(tmp_path / "*" / "a.tar")])
+    shards = find_shards([str(tmp_path / "*" / "a.tar")])
+    (batch,) = WdsVQAEvalData(BlipImageEvalProcessor(16), BlipQuestionProcessor(), shards).make_loader(batch_size=9)
+    first, again, second, _ = batch["image_key"]
+    assert first == again != second and not torch.equal(batch["image"][0], batch["image"][2])
 
 
 def test_a_training_batch_is_lavis_vqa_batch(indexed):
