@@ -11,7 +11,7 @@ Not in it: the CUDA context, workspaces of cuBLAS and cuDNN, and the allocator's
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,7 @@ def estimate(
     new_tokens: int = 30,
     answers: int = 1,
     optimizer: bool = False,
+    shards: int = 1,
     device: str = "cuda",
 ) -> MemoryEstimate:
     """Peak memory of one training step, or of generating for one batch.
@@ -82,6 +83,7 @@ def estimate(
         num_beams, new_tokens: of generation.
         answers: rows in the language model for each image: 1, or the answers of a question with ``answer_loss: all``.
         optimizer: count AdamW's states in inference too, as when a training run evaluates.
+        shards: GPUs over which ``run.fsdp`` spreads the language model's layers.
         device: ``cuda`` or ``cpu``.
 
     Raises:
@@ -91,7 +93,7 @@ def estimate(
     """
     target_length = text_length if target_length is None else target_length
     sizes = dict(batch_size=batch_size, text_length=text_length, target_length=target_length, num_beams=num_beams)
-    for name, size in {**sizes, "new_tokens": new_tokens, "answers": answers}.items():
+    for name, size in {**sizes, "new_tokens": new_tokens, "answers": answers, "shards": shards}.items():
         if size < 1:
             raise ValueError(f"{name}: expected a whole number above 0, got {size}")
     device = torch.device(device).type
@@ -99,20 +101,20 @@ def estimate(
     _check_length(model, text_length + (0 if train else new_tokens))
     dtype = _compute_dtype(model, amp, device)
 
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    trained = _bytes(p for p in model.parameters() if p.requires_grad)
     states = ADAMW_STATES * trained if train or optimizer else 0
-    weights = _weights(model)
+    weights, gathered = _weights(model, shards)
     if not train:
         search = dict(batch_size=batch_size, text_length=text_length, num_beams=num_beams, new_tokens=new_tokens)
         peak, cache = _generate(model, device, dtype, **search)
-        return MemoryEstimate(weights, optimizer=states, kv_cache=cache, workspace=max(peak - cache, 0))
+        return MemoryEstimate(weights, optimizer=states, kv_cache=cache, workspace=peak - cache + gathered)
     step = dict(batch_size=batch_size, text_length=text_length, target_length=target_length, answers=answers)
     kept, forward_peak = _train_step(model, device, dtype, **step)
     on_cpu, backward_peak = _train_step(model, "cpu", dtype, backward=True, **step)
     backward = backward_peak - sum(on_cpu.values())
     # AdamW's own temporaries, at a moment when the activations are gone: one copy of the trained parameters.
     update = trained - sum(kept.values())
-    workspace = max(forward_peak - sum(kept.values()), backward, update, 0)
+    workspace = max(forward_peak - sum(kept.values()), backward, update, 0) + gathered
     return MemoryEstimate(weights, gradients=trained, optimizer=states, activations=kept, workspace=workspace)
 
 
@@ -129,10 +131,20 @@ def _on_device(model: Blip2OPTKVMod, device: str) -> Blip2OPTKVMod:
     return model
 
 
-def _weights(model: Blip2OPTKVMod) -> Dict[str, int]:
+def _weights(model: Blip2OPTKVMod, shards: int) -> Tuple[Dict[str, int], int]:
+    """Bytes of the weights by part; and, where the language model is sharded, of the whole layers that a GPU holds
+    beside its share: the one that runs and the next, which is fetched meanwhile (`lavis_kvmod.sharding`)."""
     weights = {row.part: row.bytes for row in model.parts()}
-    weights["buffers"] = sum(b.numel() * b.element_size() for b in model.buffers())
-    return weights
+    weights["buffers"] = _bytes(model.buffers())
+    if shards == 1:
+        return weights, 0
+    layers = [_bytes(layer.parameters()) for layer in model.opt_model.model.decoder.layers]
+    weights["opt_model"] -= sum(layers) - -(-sum(layers) // shards)
+    return weights, 2 * max(layers)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _check_length(model: Blip2OPTKVMod, text_length: int) -> None:
@@ -217,7 +229,7 @@ def _generate(
                         cache_picked = opt._reorder_cache(cache, torch.zeros(rows, dtype=torch.long, device=device))
                         del cache_picked
                     del cache_before
-        size = sum(state.numel() * state.element_size() for layer in cache for state in layer)
+        size = _bytes(state for layer in cache for state in layer)
         return ledger.peak(), size
 
 

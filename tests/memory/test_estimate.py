@@ -138,6 +138,15 @@ def test_answers_beams_and_the_optimizer_count(model_config):
     assert alone.gradients == 0 and alone.activations == {}
 
 
+def test_a_sharded_language_model_takes_its_share_and_two_whole_layers(model_config):
+    step = dict(batch_size=2, text_length=8)
+    whole, half = estimate(model_config(), **step), estimate(model_config(), shards=2, **step)
+    layer = (12 - 4) * 32 * 32 * 4 + (9 * 32 + 64) * 4  # 4 projections and a feed-forward of twice the width
+    assert whole.weights["opt_model"] - half.weights["opt_model"] == layer  # one of its two layers
+    assert half.workspace - whole.workspace == 2 * layer
+    assert half.activations == whole.activations
+
+
 def test_sizes_that_cannot_be(model_config):
     with pytest.raises(ValueError, match="batch_size: expected a whole number above 0, got 0"):
         estimate(model_config(), batch_size=0, text_length=4)
