@@ -183,6 +183,14 @@ def stock(files):
     return model
 
 
+@pytest.fixture(autouse=True)
+def _same_cache_root(monkeypatch):
+    """A run file's ``env.cache_root`` stays in force after its run; here it ends with the test."""
+    from lavis.common.registry import registry
+
+    monkeypatch.setitem(registry.mapping["paths"], "cache_root", registry.get_path("cache_root"))
+
+
 def _images(b, seed=0):
     return torch.randn(b, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 

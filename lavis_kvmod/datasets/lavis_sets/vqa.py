@@ -1,7 +1,8 @@
 """LAVIS's sets of questions."""
 
+import logging
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from lavis_kvmod.datasets.annotated import Annotation
 from lavis_kvmod.datasets.bad_samples import BadDataError
@@ -20,6 +21,22 @@ class LavisVQABuilder(LavisFilesBuilder, BenchmarkVQABuilder):
 
     optional_files = (1, 2)  # the official questions say nothing that the rows do not
     images_from = COCO_IMAGES
+
+    def annotations(self) -> Splits:
+        """The rows of each split; questions that are both trained on and evaluated are logged."""
+        splits = super().annotations()
+        trained_on = {_question(row) for row in splits.get("train", ())}
+        for split, rows in splits.items():
+            leaked = 0 if split == "train" else sum(_question(row) in trained_on for row in rows)
+            if leaked:
+                logging.warning(
+                    "%d of %d questions of %s are trained on as well, so its accuracy says nothing; LAVIS's coco_vqa does "
+                    "so by default: use vqav2, or set build_info.annotations.train.storage",
+                    leaked,
+                    len(rows),
+                    split,
+                )
+        return splits
 
     def read(self, split: str, paths: List[Path]) -> List[Annotation]:
         """Rows with their answers as a list."""
@@ -50,6 +67,10 @@ class LavisVQABuilder(LavisFilesBuilder, BenchmarkVQABuilder):
             if split != "train" and len(paths) > 1 and paths[1].is_file():
                 return read_answer_list(paths[1]) or None
         return super().answer_list(splits)
+
+
+def _question(row: Annotation) -> Tuple[Any, Any]:
+    return row.get("image"), row.get("question")
 
 
 def _with_official(rows: List[Annotation], path: Path) -> List[Annotation]:

@@ -145,7 +145,7 @@ class ShardDataset(AnnotatedDataset):
             "%s: %d shards, %s; an epoch has %d, in %d batches of %d on each of %d ranks",
             *(self.split, len(self.shards), total, len(self), plan.num_batches, plan.batch_size, plan.world_size),
         )
-        if streams > len(self.shards):
+        if self.for_training and streams > len(self.shards):
             logging.info(
                 "%s: %d readers (ranks times workers) for %d shards, so several read the same shard; more and smaller "
                 "shards (lavis-kvmod pack --max-count) are read faster",

@@ -51,8 +51,8 @@ class RowReader:
             BadDataError: if it is cut short and this is not to be skipped, or no longer the file that was indexed.
         """
         damage = damage_of(shard) if shard.path.exists() else None  # the reader tells what is missing
-        if damage and not (self.skips and "cut short" in damage):
-            raise BadDataError(damage)
+        if damage and not (self.skips and damage.is_cut_short):
+            raise BadDataError(damage.text)
         samples = rows_by_sample(shard.path, self.kind, per_image=self.per_image, needs_target=self.needs_target)
         with closing(samples):
             yield from _as_many(self.num_rows(shard), (row for _, rows in samples for row in rows), shard.path)
@@ -93,7 +93,8 @@ class IndexedRows:
     epoch_size: int
 
     def read(self, wanted: Iterable[int], *, epoch: int, share: WorkerShare, stream: int) -> Iterator[Row]:
-        """The rows at these positions, counted from the worker's first; they must ascend."""
+        """The rows at these positions, counted from the worker's first; they must ascend. (Here they tell all, and the
+        worker's number, ``stream``, tells nothing more.)"""
         positions = Positions([self.reader.num_rows(shard) for shard in self.shards], self.seed)
         start = epoch * self.epoch_size + share.start
         places = (positions.place(start + position) for position in wanted)
