@@ -27,7 +27,16 @@ from lavis_kvmod.demo.language import LanguageRecipe, opt_config, train_language
 from lavis_kvmod.demo.vision import VisionRecipe, train_vision_encoder
 from lavis_kvmod.paths import cache_dir
 
-__all__ = ["DEMO", "Recipe", "build_parts", "language_model", "language_model_config", "parts_dir", "vision_weights"]
+__all__ = [
+    "DEMO",
+    "Recipe",
+    "build_parts",
+    "built",
+    "language_model",
+    "language_model_config",
+    "parts_dir",
+    "vision_weights",
+]
 
 _CODE_VERSION = 1  # raise it when the same recipe would give other weights
 _MANIFEST = "manifest.json"
@@ -80,10 +89,16 @@ def language_model(recipe: Recipe = DEMO) -> Path:
     return _part("language", recipe, recipe.language.seed, build)
 
 
+def built(name: str, recipe: Recipe = DEMO) -> Optional[Path]:
+    """The folder of the ``vision`` or the ``language`` part if it is whole; None before it is first used."""
+    folder = parts_dir(recipe) / name
+    return folder if _damage(folder) is None else None
+
+
 def language_model_config(recipe: Recipe = DEMO) -> OPTConfig:
     """The language model's geometry, built or not; its vocabulary is known once it is built, and at most this large."""
-    folder = parts_dir(recipe) / "language"
-    if _damage(folder) is None:
+    folder = built("language", recipe)
+    if folder is not None:
         return OPTConfig.from_pretrained(str(folder))
     return opt_config(recipe.language, recipe.language.vocab_size)
 

@@ -20,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cfg-path", metavar="YAML", default=DEFAULT_RUN_FILE, help="the run file; default: %(default)s"
     )
     parser.add_argument(
-        "--options", nargs="+", default=[], metavar="KEY=VALUE", help="overrides, e.g. model.opt_model=facebook/opt-6.7b"
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="overrides, e.g. model.opt_model=facebook/opt-6.7b",
     )
     parser.add_argument(
         "--batch-sizes", nargs="+", type=int, metavar="N", help="images at once; default: the run file's"

@@ -50,13 +50,13 @@ NO_PREFIX = {"kv_modulation": False}  # EfficientNet's forward pass would hold m
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"prefix_gate": "tanh", "prefix_sharing": "per_layer"},
-        {"opt_precision": "bf16", "vit_precision": "bf16"},
         NO_PREFIX,
         {**NO_PREFIX, "opt_grad_checkpoint": True},
         {**NO_PREFIX, "opt_precision": "bf16", "vit_precision": "bf16"},
-        {**NO_PREFIX, "freeze_vit": False},
-        {**NO_PREFIX, "freeze_vit": False, "use_grad_checkpoint": True},
+        pytest.param({**NO_PREFIX, "freeze_vit": False, "use_grad_checkpoint": True}, marks=pytest.mark.slow),
+        pytest.param({**NO_PREFIX, "freeze_vit": False}, marks=pytest.mark.slow),
+        pytest.param({"prefix_gate": "tanh", "prefix_sharing": "per_layer"}, marks=pytest.mark.slow),
+        pytest.param({"opt_precision": "bf16", "vit_precision": "bf16"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_training_step_takes_what_was_computed(build, model_config, images, overrides):
@@ -70,7 +70,7 @@ def test_a_training_step_takes_what_was_computed(build, model_config, images, ov
         assert kept == saved + 4  # the loss, which is not kept for a backward pass
 
 
-@pytest.mark.parametrize("num_beams", [1, 5])
+@pytest.mark.parametrize("num_beams", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_generation_takes_what_was_computed(build, model_config, images, num_beams):
     """Nearly: beam search's own scores and hypotheses, small at any real size, are left out of the computation."""
     model = build(**NO_PREFIX).eval()
@@ -103,44 +103,49 @@ def test_a_gpu_keeps_norms_and_softmaxes_in_float32(model_config, monkeypatch):
     norm = (b * s * width + 2 * width + 2 * b * s) * 4  # input, weight and bias; mean and deviation; all in float32
     scores = b * heads * s * s * (2 + 4 + 2)  # clamped scores; their softmax in float32, and in bfloat16 for V
     feed_forward = b * s * 4 * width * 2  # where the ReLU let through
+    assert not torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is torch.float16  # left as it was
     assert kept(3) - kept(2) == 2 * norm + scores + 3 * b * s * width * 2 + feed_forward
 
 
+@pytest.mark.slow
 def test_weights_stored_in_another_half_than_the_run_computes_in_are_kept_twice(model_config):
     """Autocast's copies of OPT's weights stay for the backward pass: why a run stores what it computes in."""
     step = dict(batch_size=1, text_length=4, amp="bf16")
-    same = estimate(model_config(opt_precision="bf16"), **step)
-    other = estimate(model_config(opt_precision="fp16"), **step)
+    same, other = (estimate(model_config(opt_precision=half, **NO_PREFIX), **step) for half in ("bf16", "fp16"))
     linear = 2 * (4 * 32 * 32 + 2 * 32 * 64)  # OPT's two layers, without the biases
     assert other.activations["opt_model"] - same.activations["opt_model"] >= 2 * linear
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "switch, others", [("opt_grad_checkpoint", {}), ("use_grad_checkpoint", {"freeze_vit": False})]
 )
 def test_gradient_checkpointing_keeps_less(model_config, switch, others):
     step = dict(batch_size=16, text_length=8, amp="fp16")
-    plain = estimate(model_config(**others), **step)
-    recomputed = estimate(model_config(**{switch: True}, **others), **step)
+    plain = estimate(model_config(**NO_PREFIX, **others), **step)
+    recomputed = estimate(model_config(**NO_PREFIX, **{switch: True}, **others), **step)
     assert sum(recomputed.activations.values()) < 0.95 * sum(plain.activations.values())
     assert recomputed.weights == plain.weights
 
 
+@pytest.mark.slow
 def test_answers_beams_and_the_optimizer_count(model_config):
     step = dict(batch_size=2, text_length=8)
-    one, two, three = (estimate(model_config(), answers=n, **step).activations["opt_model"] for n in (1, 2, 3))
+    cfg = model_config(**NO_PREFIX)
+    one, two, three = (estimate(cfg, answers=n, **step).activations["opt_model"] for n in (1, 2, 3))
     assert three - two == two - one > 0
-    generation = dict(batch_size=2, text_length=8, train=False)
-    alone = estimate(model_config(), **generation)
-    in_training = estimate(model_config(), optimizer=True, **generation)
-    trained = sum(p.numel() for p in Blip2OPTKVMod.without_weights(model_config()).parameters() if p.requires_grad)
+    alone = estimate(cfg, train=False, **step)
+    in_training = estimate(cfg, train=False, optimizer=True, **step)
+    trained = sum(p.numel() for p in Blip2OPTKVMod.without_weights(cfg).parameters() if p.requires_grad)
     assert in_training.total - alone.total == in_training.optimizer == 8 * trained
     assert alone.gradients == 0 and alone.activations == {}
 
 
+@pytest.mark.slow
 def test_a_sharded_language_model_takes_its_share_and_two_whole_layers(model_config):
     step = dict(batch_size=2, text_length=8)
-    whole, half = estimate(model_config(), **step), estimate(model_config(), shards=2, **step)
+    cfg = model_config(**NO_PREFIX)
+    whole, half = estimate(cfg, **step), estimate(cfg, shards=2, **step)
     layer = (12 - 4) * 32 * 32 * 4 + (9 * 32 + 64) * 4  # 4 projections and a feed-forward of twice the width
     assert whole.weights["opt_model"] - half.weights["opt_model"] == layer  # one of its two layers
     assert half.workspace - whole.workspace == 2 * layer
@@ -152,12 +157,6 @@ def test_sizes_that_cannot_be(model_config):
         estimate(model_config(), batch_size=0, text_length=4)
     with pytest.raises(ValueError, match="expected at most 128 positions, as the language model has, got 205: 5 of"):
         estimate(model_config(), batch_size=1, text_length=200)
-
-
-def test_autocast_is_left_as_it_was(model_config):
-    estimate(model_config(), batch_size=1, text_length=4, amp="bf16")
-    assert not torch.is_autocast_enabled("cuda") and not torch.is_autocast_enabled("cpu")
-    assert torch.get_autocast_dtype("cuda") is torch.float16
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
