@@ -30,8 +30,8 @@ class LavisVQABuilder(LavisFilesBuilder, BenchmarkVQABuilder):
             leaked = 0 if split == "train" else sum(_question(row) in trained_on for row in rows)
             if leaked:
                 logging.warning(
-                    "%d of %d questions of %s are trained on as well, so its accuracy says nothing; LAVIS's coco_vqa does "
-                    "so by default: use vqav2, or set build_info.annotations.train.storage",
+                    "%d of %d questions of %s are trained on as well: its accuracy says nothing; LAVIS's coco_vqa is "
+                    "like that by default: use vqav2, or set build_info.annotations.train.storage",
                     leaked,
                     len(rows),
                     split,
