@@ -324,8 +324,13 @@ def benchmark_root(tmp_path_factory):
     write("aokvqa/annotations/specialized_vocab_train_lavis.json", list(ANSWERS))
     for split, answered in (("train", True), ("val", True), ("testdev", True), ("test", False)):
         found = [
-            {"image": f"n{i}.jpg", "question": question, "question_id": f"05{i}", "dataset": "gqa"}
-            | ({"answer": answer} if answered else {})
+            {
+                "image": f"n{i}.jpg",
+                "question": question,
+                "question_id": f"05{i}",
+                "dataset": "gqa",
+                **({"answer": answer} if answered else {}),
+            }
             for i, question, answer in zip(numbers, QUESTIONS, ANSWERS)
         ]
         write(f"gqa/annotations/{split}_balanced_questions.json", found)
