@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from lavis_kvmod import checkpoints
 from lavis_kvmod.config import ConfigurationError, load_config
+from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.evaluate import evaluate
 from lavis_kvmod.train import train
 
@@ -83,14 +84,36 @@ def test_questions_from_a_csv_split_by_image(run_file, write_csv, tmp_path):
     assert evaluate("run.yaml", options)["test"]["agg_metrics"] == logs["test"]["agg_metrics"]
 
 
-def test_a_photograph_that_cannot_be_read_costs_no_run(run_file, write_csv, tmp_path, photos):
+def cut_two(photos):
     for name in ("chelsea.png", "more/coffee.png"):
         (photos / name).write_bytes((photos / name).read_bytes()[:3000])
+
+
+def test_photographs_that_cannot_be_read_cost_no_run_and_are_counted(run_file, write_csv, tmp_path, photos):
+    cut_two(photos)
     path = write_csv("qa.csv", ROWS)
     section = {**files(train=path, val=path, test=path), "on_bad_sample": "skip", "max_bad_share": 0.5}
     train(run_file("custom_vqa", section))
+    (log,) = tmp_path.glob("output/*/log.txt")
+    assert '"train_bad_samples": 2' in log.read_text()
     answered = [row["question_id"] for row in predictions(tmp_path, "test")]
     assert sorted(answered) == ["test-1", "test-2", "test-5", "test-6"]  # each good row once, the bad ones never
+
+
+@pytest.mark.parametrize(
+    "policy, message",
+    [
+        ({}, r"qa.csv, row [45]: .*(chelsea|coffee).png: not readable: .*set on_bad_sample: skip"),
+        ({"on_bad_sample": "skip", "max_bad_share": 0.2}, r"2 (of 8 samples|samples in a row) could not be read"),
+    ],
+)
+def test_they_stop_a_run_that_is_not_to_skip_them_or_not_so_many(
+    run_file, write_csv, tmp_path, photos, policy, message
+):
+    cut_two(photos)
+    path = run_file("custom_vqa", {**files(train=write_csv("qa.csv", ROWS)), **policy}, valid_splits=[], test_splits=[])
+    with pytest.raises(BadDataError, match=message):
+        train(path)
 
 
 def test_what_is_wrong_with_the_data_is_told_beside_all_else(run_file, write_csv):
