@@ -329,7 +329,9 @@ class RunnerKVMod(RunnerBase):
                 f"checkpoint cannot be told; it gave {sorted(metrics)}"
             )
         best = self.state.best_agg_metric
-        if best is not None and not value > best:
+        if metrics.get("scored") == 0:
+            logging.warning("%s has nothing to score against: the newest epoch counts as the best", split)
+        elif best is not None and not value > best:
             return False
         self.state.best_agg_metric, self.state.best_epoch = float(value), epoch
         return True
