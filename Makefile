@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full style bench clean full-size parity
+.PHONY: help demo test test-full style bench clean full-size memory parity
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 20
@@ -41,6 +41,9 @@ bench: $(STAMP) ## run the benchmarks
 
 full-size: $(STAMP) ## the 3.8-billion-parameter model on the CPU: memory and speed (8 GB of disk, 24 GB of memory)
 	@$(BIN)/python benchmarks/full_size.py
+
+memory: $(STAMP) ## training memory of that model on the CPU, measured against computed (8 GB of disk, 14 GB of memory)
+	@$(BIN)/python benchmarks/memory.py
 
 # Hugging Face's BLIP-2 wants a newer transformers than LAVIS does. Remove .venv-parity to get its newest again.
 PARITY_STAMP := .venv-parity/.installed

@@ -3,7 +3,7 @@
 With random weights of the published sizes in real files (see full_size.py), each row in a process of its own: load the
 model, train two steps with AdamW, and take the second step's peak of resident memory above what Python and its
 libraries held before the model was loaded. Beside it stands what `lavis_kvmod.memory.estimate` computes for the same
-step on the CPU. Results go to output/memory.json; the files (8 GB) are removed. Needs Linux and 12 GB of memory.
+step on the CPU. Results go to output/memory.json; the files (8 GB) are removed. Needs Linux and 14 GB of memory.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-BATCH_SIZES = (1, 4)
+BATCH_SIZES = (1, 4, 16)
 TEXT_TOKENS = 32
 MODEL = ("blip2_opt_kvmod", "pretrain_opt2.7b")
 

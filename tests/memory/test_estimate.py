@@ -108,6 +108,17 @@ def test_a_gpu_keeps_norms_and_softmaxes_in_float32(model_config, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_gpu_keeps_no_attention_maps_of_the_qformer(model_config):
+    """Maps among the queries grow with their square, all else with their number."""
+
+    def kept(queries):
+        cfg = model_config(num_query_token=queries, **NO_PREFIX)
+        return estimate(cfg, batch_size=8, text_length=4, amp="bf16").activations["Qformer"]
+
+    assert kept(24) - kept(16) == kept(16) - kept(8) > 0
+
+
+@pytest.mark.slow
 def test_weights_stored_in_another_half_than_the_run_computes_in_are_kept_twice(model_config):
     """Autocast's copies of OPT's weights stay for the backward pass: why a run stores what it computes in."""
     step = dict(batch_size=1, text_length=4, amp="bf16")
