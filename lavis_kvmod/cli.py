@@ -12,6 +12,7 @@ _COMMANDS = {
     "params": ("lavis_kvmod.params", "count a model's parameters and bytes by part, without loading it"),
     "memory": ("lavis_kvmod.memory.command", "the GPU memory a run takes, by batch size, computed without a GPU"),
     "convert": ("lavis_kvmod.conversion.command", "write a checkpoint in another layout: LAVIS's or Hugging Face's"),
+    "pack": ("lavis_kvmod.pack", "write a run file's data as tar shards (webdataset), or an index for shards"),
     "demo": (
         "lavis_kvmod.demo.run",
         "train on scanned digits with and without KV modulation, and compare (CPU, minutes)",

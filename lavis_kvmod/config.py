@@ -19,9 +19,9 @@ from lavis_kvmod.models.settings import ModelSettings, SettingsError
 from lavis_kvmod.paths import resolve_config
 from lavis_kvmod.plugin import use_cache_root
 from lavis_kvmod.precision import amp_problems
-from lavis_kvmod.runners import settings as runner_settings
+from lavis_kvmod.runners.settings import RUNNER_KEYS, runner_problems
 from lavis_kvmod.sharding import sharding_problems
-from lavis_kvmod.tasks import settings as task_settings
+from lavis_kvmod.tasks.settings import RUN_KEYS, task_problems
 from lavis_kvmod.weights import WeightFile
 
 ARCH = "blip2_opt_kvmod"
@@ -56,7 +56,7 @@ OPTIONAL_RUN_KEYS = set(
     "lr_decay_rate beta2 amp accum_grad_iters log_freq resume_ckpt_path use_dist_eval_sampler train_dataset_ratios "
     "max_iters iters_per_inner_epoch k_test rank gpu dist_backend length_penalty top_p temperature "
     "repetition_penalty task_type".split()
-).union(task_settings.RUN_KEYS, runner_settings.RUN_KEYS)
+).union(RUN_KEYS, RUNNER_KEYS)
 
 
 class ConfigurationError(ValueError):
@@ -97,12 +97,13 @@ class KVModConfig(Config):
         return OmegaConf.merge(defaults, {"model": model})
 
 
-def load_config(cfg_path: str, options: Sequence[str] = ()) -> KVModConfig:
+def load_config(cfg_path: str, options: Sequence[str] = (), *, data_only: bool = False) -> KVModConfig:
     """Read, merge and check a run file.
 
     Args:
         cfg_path: a path, or a ``projects/…`` file of the installed package.
         options: ``section.key=value`` overrides, as LAVIS's ``--options``.
+        data_only: whether nothing is to be run here, so that only the data need be there.
 
     Raises:
         FileNotFoundError: if there is no such run file.
@@ -118,10 +119,13 @@ def load_config(cfg_path: str, options: Sequence[str] = ()) -> KVModConfig:
 
     problems = _name_problems(raw) + _use_cache_root(raw)
     if problems:  # names decide which defaults to merge, so nothing more can be checked
-        raise ConfigurationError(path, problems + _run_problems(OmegaConf.merge(RUN_DEFAULTS, raw.get("run") or {})))
+        if not data_only:
+            problems += _run_problems(OmegaConf.merge(RUN_DEFAULTS, raw.get("run") or {}))
+        raise ConfigurationError(path, problems)
     cfg = KVModConfig(path, options)
-    problems = _run_problems(cfg.run_cfg) + _model_problems(cfg.model_cfg)
-    problems += _image_size_problems(cfg) + (keep_used_splits(cfg) or data_problems(cfg))
+    if not data_only:
+        problems = _run_problems(cfg.run_cfg) + _model_problems(cfg.model_cfg) + _image_size_problems(cfg)
+    problems += keep_used_splits(cfg) or data_problems(cfg)
     if problems:
         raise ConfigurationError(path, problems)
     return cfg
@@ -189,12 +193,12 @@ def _run_problems(run: DictConfig) -> List[str]:
         problems.append("run.device: cuda, but this machine (or this PyTorch) has no CUDA; set run.device: cpu")
     has_bf16 = device_type == "cuda" and has_cuda and torch.cuda.is_bf16_supported()
     problems += amp_problems(run.get("amp", False), device_type, has_bf16 or not has_cuda)
-    problems += task_settings.task_problems(run)
+    problems += task_problems(run)
     for key in ("batch_size_train", "batch_size_eval", "max_epoch", "accum_grad_iters"):
         value = run.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             problems.append(f"run.{key}: expected a whole number above 0, got {value!r}")
-    problems += runner_settings.run_key_problems(OmegaConf.to_container(run, resolve=True)) + sharding_problems(run)
+    problems += runner_problems(OmegaConf.to_container(run, resolve=True)) + sharding_problems(run)
     resume = run.get("resume_ckpt_path")
     if resume and resume != "auto":
         problem = _weights_problem(WeightFile("checkpoint to resume from", str(resume), "run.resume_ckpt_path"))

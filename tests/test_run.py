@@ -215,6 +215,14 @@ def test_best_may_be_zero_or_less(run_file, tmp_path, monkeypatch):
     assert (best["epoch"], best["best_agg_metric"]) == (1, -2.0)
 
 
+def test_where_nothing_is_scored_the_newest_is_the_best(run_file, tmp_path, monkeypatch):
+    from lavis_kvmod.tasks.vqa import KVModVQATask
+
+    monkeypatch.setattr(KVModVQATask, "after_evaluation", lambda self, **kw: {"agg_metrics": 0.0, "scored": 0})
+    train(run_file(max_epoch=2))
+    assert checkpoints.read(only_run(tmp_path) / "checkpoint_best.pth")["epoch"] == 1
+
+
 def test_without_validation_the_newest_is_the_best(run_file, tmp_path):
     assert train(run_file(valid_splits=[])) is not None
     assert checkpoints.read(only_run(tmp_path) / "checkpoint_best.pth")["epoch"] == 1
@@ -290,9 +298,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(run_file, m
     forward, calls = Blip2OPTKVMod.forward, []
 
     def broken(self, samples):
-        output = forward(self, samples)
-        calls.extend([1] * self.training)  # a validation loss goes through here too
-        return {**output, "loss": output["loss"] * (float("nan") if len(calls) == 5 else 1)}
+        calls.extend([1] * self.training)
+        bad = self.training and len(calls) == 5
+        return {"loss": forward(self, samples)["loss"] * (float("nan") if bad else 1)}
 
     monkeypatch.setattr(Blip2OPTKVMod, "forward", broken)
     with pytest.raises(FloatingPointError, match=r"the loss is nan \(image_key.*\) in epoch 1, batch 1;"):

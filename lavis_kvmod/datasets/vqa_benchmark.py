@@ -55,7 +55,6 @@ class BenchmarkVQAEvalData(_Spoken, VQAEvalData):
         with whole_or_nothing(path) as temporary:
             entries = self.leaderboard_entries({question_id: answers[str(question_id)] for question_id in ids})
             temporary.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
-        logging.info("wrote %s for the evaluation server", path)
         if len(ids) < len(self.annotation):
             logging.warning(
                 "%s answers %d of %d questions: the evaluation server wants all", path, len(ids), len(self.annotation)

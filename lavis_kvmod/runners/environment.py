@@ -28,6 +28,7 @@ def environment(device: torch.device, world_size: int) -> Dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    versions["torch"] = torch.__version__  # with what it was built for
     versions["cuda"] = torch.version.cuda
     return {
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),

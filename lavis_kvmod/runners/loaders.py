@@ -12,7 +12,7 @@ from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Dataset, S
 
 from lavis_kvmod.datasets.seeding import seeded, stable_hash
 
-__all__ = ["PADDING", "EpochBatches", "EpochLoader", "eval_loader", "stream_of"]
+__all__ = ["PADDING", "EpochBatches", "EpochLoader", "eval_loader", "stay_calm", "stream_of"]
 
 # Key of a batch that stands in where a rank has no sample left: it is computed, so that all ranks take part in every
 # exchange, and counts nothing.
@@ -126,7 +126,7 @@ class EpochLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             collate_fn=_as_it_is,
-            worker_init_fn=_stay_calm,
+            worker_init_fn=stay_calm,
             generator=_own_generator(seed, rank),
         )
         self._epoch, self._start = 0, 0
@@ -165,21 +165,17 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
-    equal: bool = False,
 ) -> DataLoader:
     """Evaluation batches in order, each sample on one rank (DistributedSampler would repeat some to give all ranks as
-    many; so does this with ``equal``)."""
-    mine = list(range(rank, len(dataset), world_size))
-    if equal and len(mine) * world_size < len(dataset):
-        mine.append(len(dataset) - 1)
+    many)."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=mine,
+        sampler=range(rank, len(dataset), world_size),
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=collate,
-        worker_init_fn=_stay_calm,
+        worker_init_fn=stay_calm,
         generator=_own_generator(seed, rank),
         drop_last=False,
     )
@@ -222,7 +218,7 @@ def _is_lost_worker(error: RuntimeError) -> bool:
     return "DataLoader worker (pid" in str(error)
 
 
-def _stay_calm(worker_id: int) -> None:
+def stay_calm(worker_id: int) -> None:
     """In a worker: Ctrl-C and SIGTERM reach the whole process group, and the main process still wants its batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # not on Windows

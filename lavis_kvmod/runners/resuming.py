@@ -112,7 +112,7 @@ def data_order(run_cfg, loader, world_size: int) -> Dict[str, Any]:
         "num_batches": len(loader),
         "global_batch": int(run_cfg.batch_size_train) * world_size,
         # shards are dealt out to ranks and workers; samples are, in an order that does not depend on them
-        "readers": None if isinstance(loader, EpochLoader) else [world_size, int(run_cfg.num_workers)],
+        "readers": None if isinstance(loader, EpochLoader) else [world_size, max(1, int(run_cfg.num_workers))],
         "accum_grad_iters": int(run_cfg.get("accum_grad_iters", 1)),
     }
 

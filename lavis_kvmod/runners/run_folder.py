@@ -89,7 +89,7 @@ class RunFolder:
         _remove_leftovers_of(path)
         return folder
 
-    def lock(self, wait: float = _LOCK_WAIT) -> None:
+    def lock(self) -> None:
         """Claim the folder for this process, until it ends or `release` is called.
 
         Raises:
@@ -98,9 +98,9 @@ class RunFolder:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            logging.info("waiting up to %d s for %s, which another run is using", wait, self.path)
+            logging.info("waiting up to %d s for %s, which another run is using", _LOCK_WAIT, self.path)
             try:
-                self._lock.acquire(timeout=wait)
+                self._lock.acquire(timeout=_LOCK_WAIT)
             except Timeout:
                 raise RunFolderError(
                     f"{self.path} is in use by another run{_who(self.path)}; two runs cannot share a folder. Wait for "

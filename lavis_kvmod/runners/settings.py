@@ -4,7 +4,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple
 
 from lavis_kvmod.runners.run_log import is_installed
 
-__all__ = ["RUN_KEYS", "run_key_problems"]
+__all__ = ["RUNNER_KEYS", "runner_problems"]
 
 
 class _Kind(NamedTuple):
@@ -30,7 +30,7 @@ _FROM_0 = _Kind("a whole number from 0", lambda value: _is_whole(value) and valu
 _POSITIVE = _Kind("a number above 0", lambda value: _is_number(value) and float(value) > 0)
 _SWITCH = _Kind("true or false", lambda value: isinstance(value, bool))
 
-RUN_KEYS: Dict[str, _Kind] = {
+RUNNER_KEYS: Dict[str, _Kind] = {
     "save_every_n_iters": _ABOVE_0,
     "keep_last": _ABOVE_0,
     "max_bad_steps": _FROM_0,
@@ -48,10 +48,10 @@ RUN_KEYS: Dict[str, _Kind] = {
 }
 
 
-def run_key_problems(run: Mapping[str, Any]) -> List[str]:
+def runner_problems(run: Mapping[str, Any]) -> List[str]:
     """What is wrong with these keys of a run section (plain values)."""
     problems = []
-    for key, kind in RUN_KEYS.items():
+    for key, kind in RUNNER_KEYS.items():
         value = run.get(key)
         if value is not None and not kind.holds(value):
             problems.append(f"run.{key}: expected {kind.expected}, got {value!r}")

@@ -9,7 +9,7 @@ several ranks, give what one large batch gives. A single batch on a single proce
 import contextlib
 import logging
 import math
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,14 @@ from torch.optim import Optimizer
 from lavis_kvmod.distributed import all_reduce_sum, gather
 from lavis_kvmod.runners.loaders import PADDING
 
-__all__ = ["BatchResult", "GradientStep", "StepResult", "identify"]
-
-
-class BatchResult(NamedTuple):
-    """A batch's loss over all ranks (None if some rank's is not finite), and the sums of ``counts`` over all ranks."""
-
-    loss: Optional[float]
-    counts: List[float]
+__all__ = ["GradientStep", "StepResult", "identify"]
 
 
 class StepResult(NamedTuple):
-    """The norm of the gradient before clipping; ``problem`` says why there was no step, if there was none."""
+    """The loss over all batches and ranks, and the norm of its gradient before clipping; ``problem`` says why there was
+    no step, if there was none."""
 
+    loss: float
     grad_norm: float
     problem: Optional[str] = None
 
@@ -76,14 +71,14 @@ class GradientStep:
     def _begin(self) -> None:
         # The first batch's mean weight over ranks: losses are divided by it, so that gradients keep their size.
         self._reference: Optional[float] = None
-        self._total_weight = 0.0
+        self._total_weight, self._total_loss = 0.0, 0.0
         self._problems: List[str] = []
 
     def _remember_loss_weight(self, module, args, output) -> None:
         self._loss_weight = output.get("loss_weight") if isinstance(output, dict) else None
 
-    def add(self, samples: Dict[str, Any], *, num_batches: int, is_last: bool, counts: List[float]) -> BatchResult:
-        """Compute one batch and add its gradient.
+    def add(self, samples: Dict[str, Any], *, num_batches: int, is_last: bool, counts: Sequence[float]) -> List[float]:
+        """Compute one batch and add its gradient. Returns the sums of ``counts``.
 
         Args:
             samples: the batch, on the device.
@@ -106,9 +101,10 @@ class GradientStep:
             if bad:
                 self._note(f"the loss is {value}" if is_bad else None, samples)
             elif not self._problems:
+                self._total_weight += weight_sum
+                self._total_loss += loss_sum
                 self._backward(loss, weight, weight_sum, alone=self._world_size == 1 and num_batches == 1)
-        mean = value if self._world_size == 1 else loss_sum / weight_sum if weight_sum else 0.0
-        return BatchResult(None if bad else mean, sums)
+        return sums
 
     def _note(self, problem: Optional[str], samples: Dict[str, Any]) -> None:
         told = gather([] if problem is None else [f"{problem} ({identify(samples)})"])
@@ -119,14 +115,14 @@ class GradientStep:
             if self._reference is None:
                 self._reference = weight_sum / self._world_size or 1.0
             loss = loss * (weight / self._reference)
-        self._total_weight += weight_sum
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
 
     def finish(self) -> StepResult:
         """Take the step, unless a loss or the gradient is not finite; the gradients are then dropped."""
         try:
             if self._problems:
-                return StepResult(math.nan, "; ".join(self._problems))
+                return StepResult(math.nan, math.nan, "; ".join(self._problems))
+            loss = self._total_loss / (self._total_weight or 1.0)
             self._check_gradients()
             trained = [p for group in self._optimizer.param_groups for p in group["params"]]
             if self._scaler is not None:
@@ -143,8 +139,8 @@ class GradientStep:
             elif math.isfinite(norm):
                 self._optimizer.step()
             else:
-                return StepResult(norm, f"the norm of the gradient is {norm}")
-            return StepResult(norm)
+                return StepResult(loss, norm, f"the norm of the gradient is {norm}")
+            return StepResult(loss, norm)
         finally:
             self._optimizer.zero_grad()
             self._begin()

@@ -22,7 +22,8 @@ class RunState:
         batch: batches of it that are trained (of one rank, as all have as many).
         trained: whether it is trained and logged, so that only its validation is left.
         samples: samples of it that are trained, on all ranks.
-        batches_counted, loss_sum, steps_counted, grad_norm_sum, grad_norm_max: sums of the epoch, for its means.
+        steps_counted, loss_sum: steps of the epoch, and their losses.
+        norms_counted, grad_norm_sum, grad_norm_max: gradients' norms of the epoch.
         bad_samples: a line for each sample of the epoch that could not be read.
         bad_steps: steps of the whole run that were skipped for a loss or gradient that was not finite.
         best_agg_metric, best_epoch: of the first validation split.
@@ -33,9 +34,9 @@ class RunState:
     batch: int = 0
     trained: bool = False
     samples: int = 0
-    batches_counted: int = 0
-    loss_sum: float = 0.0
     steps_counted: int = 0
+    loss_sum: float = 0.0
+    norms_counted: int = 0
     grad_norm_sum: float = 0.0
     grad_norm_max: float = 0.0
     bad_samples: List[str] = field(default_factory=list)
@@ -50,6 +51,10 @@ class RunState:
         for name, value in asdict(RunState(epoch=epoch)).items():
             if name not in kept:
                 setattr(self, name, value)
+
+    def mean_loss(self) -> float:
+        """Of the epoch's steps so far."""
+        return self.loss_sum / max(self.steps_counted, 1)
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain values."""

@@ -208,6 +208,16 @@ def test_several_files_and_folders(vqa, write_csv, photos, tmp_path):
     assert train[2]["image"].shape == (3, 28, 28)
 
 
+def test_files_of_the_same_name_are_told_apart(vqa, write_csv, tmp_path):
+    section = vqa("x")
+    for folder in ("old", "new"):
+        (tmp_path / folder).mkdir()
+        write_csv(f"{folder}/qa.csv", [{**ROWS[0], "question_id": folder}])
+    section.build_info.annotations.train.storage = [str(tmp_path / folder / "qa.csv") for folder in ("old", "new")]
+    sources = [row["source"] for row in build(section)["train"].annotation]
+    assert sources == [f"{tmp_path}/{folder}/qa.csv, row 2" for folder in ("old", "new")]
+
+
 def test_paths_from_where_one_stands_then_from_the_cache_root(vqa, write_csv, photos, tmp_path, monkeypatch):
     write_csv("qa.csv", ROWS)
     section = vqa("qa.csv", images="photos")
@@ -312,9 +322,9 @@ def test_one_file_is_split_by_image(vqa, write_csv):
 
 def test_a_split_may_be_taken_from_train_beside_a_test_file(vqa, write_csv):
     path = write_csv("qa.csv", ROWS)
-    datasets = build(vqa(path, test=path, split={"val": 0.25}))
+    datasets = build(vqa(path, test=path, split={"val": 0.01}))  # never less than one image
     assert {name: len(dataset) for name, dataset in datasets.items()}["test"] == 5
-    assert len(datasets["train"]) + len(datasets["val"]) == 5
+    assert len(datasets["train"]) + len(datasets["val"]) == 5 and len(datasets["val"]) > 0
 
 
 def test_which_splits_a_run_reads(vqa, write_csv):
@@ -328,6 +338,7 @@ def test_which_splits_a_run_reads(vqa, write_csv):
     assert CustomVQABuilder.splits_read(vqa(path, val=path, answer_list=["a"]), {"val"}) == {"val"}
     assert CustomVQABuilder.splits_read(vqa("gone.csv", val=path), {"val"}) == {"val"}
     assert CustomCaptionBuilder.splits_read(files, {"val"}) == {"val"}
+    assert CustomCaptionBuilder.splits_read(split, {"val"}) == {"train", "val"}
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,20 @@
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
 
 import pytest
+import torch
+import webdataset
 from omegaconf import OmegaConf
 from PIL import Image
+
+from lavis_kvmod import checkpoints
+from lavis_kvmod.datasets.shards.counting import write_indices
+from lavis_kvmod.train import train
 
 WORDS = ["red", "seven", "yes", "the ink is blue", "a cat on a mat", "no, it is even"]
 
@@ -41,24 +48,44 @@ def write_run(tmp_path, model_config, monkeypatch):
     evaluated = [str(data / "val.json"), str(data / "answers.json")]
     train_file = [str(data / "train.json")]
 
-    def write(model=(), crops="blip_image_train", name="run.yaml", **run):
+    builds = {
+        "coco_vqa": {
+            "annotations": {
+                "train": {"url": train_file, "storage": train_file},
+                "val": {"url": evaluated, "storage": evaluated},
+                "test": {"url": evaluated, "storage": evaluated},
+            },
+            "images": {"storage": str(data)},
+        },
+        "wds_vqa": {"annotations": {s: {"storage": str(data / s / "*.tar")} for s in ("train", "val")}},
+    }
+
+    def write_shards():
+        for split, given in (("train", rows(range(13))), ("val", rows(range(13, 17)))):
+            (data / split).mkdir(exist_ok=True)
+            for shard in range(3):
+                with webdataset.TarWriter(str(data / split / f"{shard}.tar"), mtime=0) as tar:
+                    for row in given[shard::3]:
+                        picture = (data / row["image"]).read_bytes()
+                        told = {key: row[key] for key in ("question", "question_id", "answer")}
+                        tar.write(
+                            {"__key__": f"{row['question_id']:03}", "png": picture, "json": json.dumps(told).encode()}
+                        )
+            write_indices([str(data / split)])
+
+    def write(model=(), crops="blip_image_train", name="run.yaml", dataset="coco_vqa", **run):
+        if dataset == "wds_vqa":
+            write_shards()
         cfg = {
             "model": {**model_config(**dict(model)), "model_type": "pretrain_opt2.7b"},
             "datasets": {
-                "coco_vqa": {
+                dataset: {
                     "vis_processor": {
                         "train": {"name": crops, "image_size": 28},
                         "eval": {"name": "blip_image_eval", "image_size": 28},
                     },
                     "text_processor": {k: {"name": "blip_question"} for k in ("train", "eval")},
-                    "build_info": {
-                        "annotations": {
-                            "train": {"url": train_file, "storage": train_file},
-                            "val": {"url": evaluated, "storage": evaluated},
-                            "test": {"url": evaluated, "storage": evaluated},
-                        },
-                        "images": {"storage": str(data)},
-                    },
+                    "build_info": builds[dataset],
                 }
             },
             "run": {
@@ -88,6 +115,7 @@ def write_run(tmp_path, model_config, monkeypatch):
 
 
 def _child(function, folder, output):
+    os.setpgrp()  # so that it can be ended with all its own processes
     os.makedirs(folder, exist_ok=True)
     os.chdir(folder)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -119,7 +147,7 @@ def in_process(tmp_path):
         process.start()
         process.join(120)
         if process.is_alive():
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             pytest.fail(f"still running after 120 s:\n{output.read_text()}")
         return process.exitcode, output.read_text()
 
@@ -134,3 +162,59 @@ def runs(tmp_path):
         return sorted(p for p in (Path(tmp_path) / folder / "output").iterdir() if p.is_dir())
 
     return find
+
+
+def _killed_before_step(path, step, options=(), signum=signal.SIGKILL):
+    """What a child process does: train, and send itself a signal before optimizer step ``step`` (from 0)."""
+
+    def run():
+        take, taken = torch.optim.AdamW.step, []
+
+        def step_or_die(self, *args, **kwargs):
+            if len(taken) == step:
+                os.kill(os.getpid(), signum)
+            taken.append(1)
+            return take(self, *args, **kwargs)
+
+        torch.optim.AdamW.step = step_or_die
+        train(path, list(options))
+
+    return run
+
+
+def _flat(value, name=""):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            yield from _flat(inner, f"{name}.{i}")
+    else:
+        yield name, value
+
+
+def _assert_same_run(first, second):
+    """Checkpoints equal in every bit (parameters, optimizer, randomness, position, metrics), and so are the logs."""
+    for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
+        one, two = (dict(_flat({**checkpoints.read(f / name), "config": None, "log": None})) for f in (first, second))
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            same = torch.equal(value, two[key]) if isinstance(value, torch.Tensor) else value == two[key]
+            assert same, f"{name}: {key}"
+    one, two = ((folder / "log.txt").read_text().splitlines() for folder in (first, second))
+    # A run that was killed before it saved anything starts anew, with the option it was then given.
+    assert [line for line in one if "resume_ckpt_path" not in line] == [
+        line for line in two if "resume_ckpt_path" not in line
+    ]
+
+
+@pytest.fixture()
+def killed_before_step():
+    """A function: what a child process does that trains, and is sent a signal before optimizer step n (from 0)."""
+    return _killed_before_step
+
+
+@pytest.fixture()
+def assert_same_run():
+    """A function: two run folders end alike, bit for bit."""
+    return _assert_same_run

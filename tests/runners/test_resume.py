@@ -1,11 +1,9 @@
 """A run that is killed and resumed ends as one that never was: parameters bit for bit, and its log."""
 
-import os
 import random
 import signal
 
 import pytest
-import torch
 
 from lavis_kvmod import checkpoints
 from lavis_kvmod.train import train
@@ -13,51 +11,7 @@ from lavis_kvmod.train import train
 LAST = "checkpoint_last.pth"
 
 
-def killed_before_step(path, step, options=(), signum=signal.SIGKILL):
-    """What a child process does: train, and send itself a signal before optimizer step ``step`` (from 0)."""
-
-    def run():
-        take, taken = torch.optim.AdamW.step, []
-
-        def step_or_die(self, *args, **kwargs):
-            if len(taken) == step:
-                os.kill(os.getpid(), signum)
-            taken.append(1)
-            return take(self, *args, **kwargs)
-
-        torch.optim.AdamW.step = step_or_die
-        train(path, list(options))
-
-    return run
-
-
-def flat(value, name=""):
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from flat(inner, f"{name}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for i, inner in enumerate(value):
-            yield from flat(inner, f"{name}.{i}")
-    else:
-        yield name, value
-
-
-def assert_same_run(first, second):
-    """Checkpoints equal in every bit (parameters, optimizer, randomness, position, metrics), and so are the logs."""
-    for name in (LAST, "checkpoint_best.pth"):
-        one, two = (dict(flat({**checkpoints.read(f / name), "config": None, "log": None})) for f in (first, second))
-        assert one.keys() == two.keys()
-        for key, value in one.items():
-            same = torch.equal(value, two[key]) if isinstance(value, torch.Tensor) else value == two[key]
-            assert same, f"{name}: {key}"
-    one, two = ((folder / "log.txt").read_text().splitlines() for folder in (first, second))
-    # A run that was killed before it saved anything starts anew, with the option it was then given.
-    assert [line for line in one if "resume_ckpt_path" not in line] == [
-        line for line in two if "resume_ckpt_path" not in line
-    ]
-
-
-def test_killed_in_the_middle_of_an_epoch(write_run, in_process, runs):
+def test_killed_in_the_middle_of_an_epoch(write_run, in_process, runs, killed_before_step, assert_same_run):
     """With workers, accumulation, random crops, dropout and drawn answers. 7 batches an epoch make 4 steps: step 6 is
     in the second epoch, and the checkpoint before it too."""
     options = dict(num_workers=2, accum_grad_iters=2, save_every_n_iters=2, resume_ckpt_path="auto")
@@ -73,7 +27,8 @@ def test_killed_in_the_middle_of_an_epoch(write_run, in_process, runs):
     assert_same_run(folder, runs("whole")[0])
 
 
-def test_the_comparison_notices(write_run, in_process, runs):
+@pytest.mark.slow
+def test_the_comparison_notices(write_run, in_process, runs, assert_same_run):
     """The same run with another seed is another run: dropout, crops and answers are drawn."""
     path = write_run(max_epoch=1, valid_splits=[])
     in_process(lambda: train(path), "one")
@@ -85,8 +40,9 @@ def test_the_comparison_notices(write_run, in_process, runs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["coco_vqa", "wds_vqa"])
 @pytest.mark.parametrize("seed", range(6))
-def test_killed_anywhere(write_run, in_process, runs, seed):
+def test_killed_anywhere(write_run, in_process, runs, killed_before_step, assert_same_run, seed, dataset):
     """Random settings, killed twice at random steps, resumed by path or by itself."""
     choose = random.Random(seed)
     options = dict(
@@ -95,7 +51,10 @@ def test_killed_anywhere(write_run, in_process, runs, seed):
         save_every_n_iters=choose.choice([1, 2, 3]),
         keep_last=choose.choice([1, 2, 3]),
         max_epoch=3,
-        model={"cache_frozen_features": seed % 2 == 1},
+        dataset=dataset,
+        # without crops equal images are encoded once, then remembered; a resumed run encodes them in other batches
+        model={"cache_frozen_features": True} if seed % 2 else {},
+        crops="blip_image_eval" if seed % 2 else "blip_image_train",
     )
     path = write_run(**options)
     assert in_process(lambda: train(path), "whole")[0] == 0

@@ -1,0 +1,232 @@
+"""Two processes on the CPU (gloo)."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+from lavis_kvmod import checkpoints
+from lavis_kvmod.launch import build_runner, load_config
+from lavis_kvmod.train import train
+
+LAST = "checkpoint_last.pth"
+STEADY = {  # nothing is drawn, so that runs can be compared number by number
+    "answer_loss": "all",
+    "qformer_geometry": {"dropout": 0.0},
+}
+
+
+def ranks(in_process, function, folder, world_size=2):
+    """Run ``function`` as so many ranks; their exit codes and what they wrote."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def launch():
+        def one(rank):
+            names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="localhost", MASTER_PORT=port)
+            os.environ.update({name: str(value) for name, value in names.items()})
+            code = 1
+            try:
+                function()
+                code = 0
+            except SystemExit as error:
+                code = error.code
+            except BaseException as error:
+                print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(code)
+
+        processes = [get_context("fork").Process(target=one, args=(rank,)) for rank in range(world_size)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        print("exit codes", [process.exitcode for process in processes])
+
+    _, output = in_process(launch, folder)
+    codes = eval(output[output.index("exit codes") + len("exit codes") :].split("\n")[0])
+    return codes, output
+
+
+def weights(folder):
+    return checkpoints.read(folder / LAST)["model"]
+
+
+def largest_difference(first, second):
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def steady(path, *options):
+    """Train with a larger epsilon. AdamW makes whole steps of the smallest gradients, also of those that are rounding
+    alone: softmax does not see the biases of self-attention's keys."""
+
+    def run():
+        torch.optim.AdamW = partial(torch.optim.AdamW, eps=1e-3)
+        train(path, list(options))
+
+    return run
+
+
+@pytest.fixture()
+def steady_run(write_run, model_config):
+    geometry = {**model_config()["qformer_geometry"], **STEADY["qformer_geometry"]}
+    return partial(
+        write_run,
+        model={**STEADY, "qformer_geometry": geometry},
+        crops="blip_image_eval",
+        valid_splits=[],
+    )
+
+
+def assert_same_training(path, first, second):
+    """The parameters to 1e-6, and each epoch's loss, gradient norm and rate as logged; and they have moved."""
+    one, two = weights(first), weights(second)
+    assert largest_difference(one, two) <= 1e-6
+    assert largest_difference(one, build_runner(load_config(path)).model.state_dict()) > 1e-3
+    logs = [(folder / "log.txt").read_text().splitlines() for folder in (first, second)]
+    for epoch in range(-5, 0):
+        one, two = (json.loads(lines[epoch]) for lines in logs)
+        for key in ("train_loss", "train_grad_norm", "train_lr"):
+            assert one[key] == two[key]
+
+
+def test_two_processes_with_batch_b_are_one_with_2b(steady_run, in_process, runs):
+    """20 steps. 13 samples with answers of different lengths: the last batch has one sample, the second rank none."""
+    path = steady_run(max_epoch=5, batch_size_train=2)
+    codes, output = ranks(in_process, steady(path), "two")
+    assert codes == [0, 0], output
+    assert in_process(steady(path, "run.batch_size_train=4"), "one")[0] == 0
+    assert_same_training(path, runs("one")[0], runs("two")[0])
+
+
+@pytest.mark.slow
+def test_accumulated_batches_are_one_large_batch(steady_run, in_process, runs):
+    path = steady_run(max_epoch=5, batch_size_train=1)
+    assert in_process(steady(path, "run.batch_size_train=4"), "one")[0] == 0
+    assert in_process(steady(path, "run.accum_grad_iters=4"), "accumulated")[0] == 0
+    codes, output = ranks(in_process, steady(path, "run.accum_grad_iters=2"), "both")
+    assert codes == [0, 0], output
+    for folder in ("accumulated", "both"):
+        assert_same_training(path, runs("one")[0], runs(folder)[0])
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(write_run, in_process, runs):
+    path = write_run(max_epoch=1, valid_splits=[], accum_grad_iters=2)
+
+    def broken():
+        from lavis_kvmod import Blip2OPTKVMod
+
+        forward, calls = Blip2OPTKVMod.forward, []
+
+        def once(self, samples):
+            calls.append(1)
+            output = forward(self, samples)
+            bad = os.environ["RANK"] == "1" and len(calls) == 1
+            return {**output, "loss": output["loss"] * (float("nan") if bad else 1.0)}
+
+        Blip2OPTKVMod.forward = once
+        train(path)
+
+    codes, output = ranks(in_process, broken, "bad")
+    assert codes == [0, 0], output
+    assert "the loss is nan (text_input" in output and "step skipped (1 of at most 3)" in output
+    assert checkpoints.read(runs("bad")[0] / LAST)["state"]["steps_counted"] == 0  # of the epoch that is to come
+    assert '"train_bad_step": "the loss is nan' in (runs("bad")[0] / "log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", [True, False])
+def test_killed_and_resumed_on_two_processes(write_run, in_process, runs, killed_before_step, assert_same_run, prefix):
+    """Each rank goes on with its own randomness. With the prefix and without, every trained parameter gets a gradient:
+    DDP would tell otherwise."""
+    path = write_run(model={"kv_modulation": prefix}, save_every_n_iters=1, resume_ckpt_path="auto")
+    codes, output = ranks(in_process, lambda: train(path), "whole")
+    assert codes == [0, 0] and "got no gradient" not in output, output
+    codes, _ = ranks(in_process, killed_before_step(path, 6), "killed")
+    assert -signal.SIGKILL in codes
+    codes, output = ranks(in_process, lambda: train(path), "killed")
+    assert codes == [0, 0] and "resumed from" in output, output
+    assert_same_run(runs("killed")[0], runs("whole")[0])
+
+
+@pytest.mark.slow
+def test_a_sharded_language_model_trains_as_a_whole_one(steady_run, in_process, runs):
+    """`run.fsdp` on gloo: as DDP does, and its checkpoint is the same kind of file."""
+    path = steady_run(max_epoch=5)
+    for name, options in (("ddp", []), ("fsdp", ["run.fsdp=true"])):
+        codes, output = ranks(in_process, steady(path, "run.valid_splits=[val]", *options), name)
+        assert codes == [0, 0], output
+    ddp, fsdp = (weights(runs(name)[0]) for name in ("ddp", "fsdp"))
+    assert ddp.keys() == fsdp.keys() and largest_difference(ddp, fsdp) <= 1e-6
+    assert in_process(steady(path, f"run.resume_ckpt_path={runs('fsdp')[0] / LAST}", "run.max_epoch=6"), "on")[0] == 0
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_in_the_epoch(write_run, in_process, runs, killed_before_step):
+    path = write_run(save_every_n_iters=1, resume_ckpt_path="auto", valid_splits=[], max_epoch=1)
+    ranks(in_process, killed_before_step(path, 2), "moved")
+    code, output = in_process(lambda: train(path), "moved")
+    assert code == 0 and "number of processes: 2 -> 1" in output and "at epoch 0, batch 4" in output, output
+
+
+@pytest.mark.slow
+def test_sigterm_on_one_rank_saves_on_all(write_run, in_process, runs, killed_before_step):
+    path = write_run(valid_splits=[], max_epoch=1)
+
+    def one_is_told():
+        signum = signal.SIGTERM if os.environ["RANK"] == "1" else signal.SIGCONT
+        killed_before_step(path, 1, signum=signum)()
+
+    codes, output = ranks(in_process, one_is_told, "told")
+    assert codes == [143, 143], output
+    assert checkpoints.read(runs("told")[0] / LAST)["state"]["batch"] == 3  # all agree with the next step's exchange
+
+
+def torchrun(code, folder, *, timeout=240):
+    """A script run by torchrun on two processes, as `-m lavis.train` is; its exit code, what it wrote, its seconds."""
+    script = folder / "script.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=timeout)
+    return done.returncode, done.stdout + done.stderr, time.monotonic() - start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("death", "told"),
+    [
+        ("raise RuntimeError('the disk of rank 1 is on fire')", "RuntimeError: the disk of rank 1 is on fire"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
+    ],
+)
+def test_a_rank_that_dies_ends_the_run_and_is_named(write_run, tmp_path, runs, death, told):
+    """By torchrun itself, within its own 30 seconds of grace."""
+    path = write_run(max_epoch=1, valid_splits=[], save_every_n_iters=1)
+    code, output, _ = torchrun(
+        f"""
+import os, signal, sys
+import lavis.train
+take, steps = torch.optim.AdamW.step, []
+def step(self, *args, **kwargs):
+    steps.append(1)
+    if os.environ["RANK"] == "1" and len(steps) == 3:
+        {death}
+    return take(self, *args, **kwargs)
+torch.optim.AdamW.step = step
+sys.exit(lavis.train.main(["--cfg-path", {path!r}]))
+""",
+        tmp_path,
+    )
+    assert code != 0
+    cause = output[output.index("Root Cause") :]
+    assert "rank      : 1" in cause and told in cause, cause
+    assert checkpoints.read(runs()[0] / LAST)["state"]["batch"] == 2

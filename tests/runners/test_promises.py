@@ -1,0 +1,255 @@
+"""What a run promises beside resuming: numerics, early stopping, bad samples, logs."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from lavis_kvmod import Blip2OPTKVMod, checkpoints
+from lavis_kvmod.config import ConfigurationError
+from lavis_kvmod.datasets.bad_samples import BadDataError
+from lavis_kvmod.launch import build_runner, load_config
+from lavis_kvmod.runners import run_log
+from lavis_kvmod.runners.environment import git_revision
+from lavis_kvmod.runners.pace import Pace
+from lavis_kvmod.tasks.vqa import KVModVQATask
+from lavis_kvmod.train import main, train
+
+LAST = "checkpoint_last.pth"
+
+
+def log_lines(folder):
+    text = (folder / "log.txt").read_text()
+    return [json.loads(line) for line in text[text.index("\n}\n") + 3 :].splitlines()]
+
+
+@pytest.fixture()
+def bad_at(monkeypatch):
+    """A function: make the loss of these training batches (from 0) NaN."""
+
+    def make(*numbers):
+        forward, calls = Blip2OPTKVMod.forward, []
+
+        def broken(self, samples):
+            output = forward(self, samples)
+            calls.extend([1] * self.training)
+            bad = self.training and len(calls) - 1 in numbers
+            return {**output, "loss": output["loss"] * float("nan")} if bad else output
+
+        monkeypatch.setattr(Blip2OPTKVMod, "forward", broken)
+
+    return make
+
+
+def test_bad_steps_are_skipped_so_many_times_and_then_end_the_run(write_run, runs, bad_at, capsys):
+    bad_at(1, 4)
+    train(write_run(max_epoch=1, max_bad_steps=2, valid_splits=[]))
+    lines = log_lines(runs()[0])
+    assert [line["train_batch"] for line in lines if "train_bad_step" in line] == [1, 4]
+    assert "the loss is nan (" in lines[0]["train_bad_step"] and "scan" in lines[0]["train_bad_step"]
+    assert checkpoints.read(runs()[0] / LAST)["state"]["bad_steps"] == 2
+    assert "step skipped (1 of at most 2)" in capsys.readouterr().err
+
+
+def test_the_checkpoint_of_a_run_that_ends_so_is_intact(write_run, runs, bad_at, capsys):
+    bad_at(3, 4)
+    path = write_run(max_epoch=1, max_bad_steps=1, valid_splits=[], save_every_n_iters=1)
+    assert main(["--cfg-path", path]) == 2
+    assert "in epoch 0, batch 4; 2 steps of this run were bad, and max_bad_steps is 1" in capsys.readouterr().err
+    saved = checkpoints.read(runs()[0] / LAST)
+    assert saved["state"]["batch"] == 4 and all(torch.isfinite(value).all() for value in saved["model"].values())
+
+
+def test_a_parameter_that_is_not_finite_is_never_saved(write_run, runs):
+    runner = build_runner(load_config(write_run()))
+    runner._save_checkpoint(0)
+    before = (runs()[0] / LAST).read_bytes()
+    runner.model.query_tokens.data[0, 0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match="query_tokens is not finite: not saved"):
+        runner._save_checkpoint(0)
+    assert (runs()[0] / LAST).read_bytes() == before
+
+
+def test_no_frozen_weight_and_no_buffer_is_saved(write_run, runs):
+    runner = build_runner(load_config(write_run()))
+    runner._save_checkpoint(0)
+    trained = {name for name, p in runner.model.named_parameters() if p.requires_grad}
+    saved = checkpoints.read(runs()[0] / LAST)
+    assert set(saved["model"]) == trained and len(trained) < len(runner.model.state_dict())
+
+
+def test_deterministic_computes_only_what_gives_the_same_bits(write_run, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        build_runner(load_config(write_run(deterministic=True))).train_epoch(0)
+        assert torch.are_deterministic_algorithms_enabled()
+        import os
+
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        build_runner(load_config(write_run()))
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_patience_ends_a_run_that_no_longer_gets_better(write_run, runs, monkeypatch):
+    values = iter([1.0, 3.0, 2.0, 3.0, 9.0])
+    monkeypatch.setattr(KVModVQATask, "after_evaluation", lambda self, **kw: {"agg_metrics": next(values)})
+    path = write_run(max_epoch=5, patience=2, resume_ckpt_path="auto")
+    train(path)
+    saved = checkpoints.read(runs()[0] / LAST)
+    assert (saved["epoch"], saved["best_epoch"]) == (3, 1)
+    train(path)  # no epoch more: patience is remembered
+    assert checkpoints.read(runs()[0] / LAST)["epoch"] == 3
+
+
+def test_the_prefix_generator_learns_at_its_own_rate(write_run, runs):
+    train(write_run(max_epoch=1, kv_lr_scale=10, valid_splits=[], warmup_steps=0))
+    (line,) = log_lines(runs()[0])
+    assert float(line["train_lr"]) == 1e-3 and set(line["train_lrs"].values()) == {"1.000e-02"}
+    assert all(name.startswith("kv_prefix") for name in line["train_lrs"])
+    groups = checkpoints.read(runs()[0] / LAST)["optimizer"]["param_groups"]
+    assert {(g["name"].startswith("kv_prefix"), g["lr"]) for g in groups} == {(True, 1e-2), (False, 1e-3)}
+
+
+def test_a_multiplier_that_the_model_does_not_know_is_refused():
+    from lavis_kvmod.runners.optimizers import build_optimizer
+
+    run = OmegaConf.create({"weight_decay": 0.1, "init_lr": 0.1, "kv_lr_scale": 2})
+    with pytest.raises(ValueError, match="run.kv_lr_scale: Linear has no such parameter groups"):
+        build_optimizer(torch.nn.Linear(1, 1), run)
+    run.kv_lr_scale = None
+    assert build_optimizer(torch.nn.Linear(1, 1), run) is None  # LAVIS's groups then
+
+
+def add_bad_samples(runner, texts, share):
+    """As a data set with ``on_bad_sample: skip`` gives them: lines of text in the batch."""
+    runner.dataloaders  # noqa: B018  (they are made here)
+    dataset = runner.datasets["train"]
+    collate, dataset.max_bad_share = dataset.collater, share
+    runner._dataloaders = None
+    runner.datasets = {name: {split: runner.datasets[split]} for name, split in (("a", "train"),)}
+    dataset.collater = lambda samples: {**collate(samples), "bad_samples": list(texts)}
+
+
+def test_samples_that_cannot_be_read_are_counted_and_reported(write_run, runs, capsys):
+    runner = build_runner(load_config(write_run(valid_splits=[], max_epoch=1)))
+    add_bad_samples(runner, ["train.csv, row 7: no image"], share=0.5)
+    runner.train()
+    assert log_lines(runs()[0])[0]["train_bad_samples"] == 1  # one, however often it was met
+    assert "epoch 0: 1 of 14 samples could not be read and were skipped" in capsys.readouterr().err
+
+
+def test_those_met_before_a_resume_count_too(write_run):
+    runner = build_runner(load_config(write_run(valid_splits=[])))
+    runner.dataloaders  # noqa: B018  (they are made here)
+    runner.state.samples, runner.state.bad_samples = 10, ["row 7"]
+    counter = runner._count_bad_samples()
+    assert (counter.num_bad, counter.num_seen) == (1, 11)
+
+
+def test_too_many_of_them_end_the_run(write_run):
+    runner = build_runner(load_config(write_run(valid_splits=[], max_epoch=1)))
+    add_bad_samples(runner, ["row 7", "row 8"], share=0.1)
+    with pytest.raises(BadDataError, match="2 of 15 samples could not be read, more than max_bad_share: 0.1"):
+        runner.train()
+
+
+def test_what_is_written_beside_the_checkpoints(write_run, runs, tmp_path):
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True)
+    train(write_run(max_epoch=1, log_freq=3))
+    folder = runs()[0]
+    config = OmegaConf.load(folder / "config.yaml")
+    assert config.run.lr_sched == "linear_warmup_cosine_lr" and config.run.min_lr == 0  # defaults too
+    (start,) = json.loads((folder / "environment.json").read_text())["starts"]
+    assert start["versions"]["torch"] == torch.__version__ and start["versions"]["salesforce-lavis"] == "1.0.2"
+    assert start["git"]["here"] == git_revision(tmp_path) and len(start["git"]["here"]) == 40
+    lines = log_lines(folder)
+    assert 0 < float(lines[0]["train_prefix_attention_share"]) < 1 and float(lines[0]["train_grad_norm"]) > 0
+    timing = [json.loads(line) for line in (folder / "timing.txt").read_text().splitlines()]
+    assert [line["batch"] for line in timing] == [3, 6, 7]
+    assert {"samples_per_second", "data_wait_share", "hours_to_go", "memory_gib", "loss", "lr"} <= set(timing[0])
+
+
+def test_the_share_leaves_the_runs_randomness_alone(write_run, runs, monkeypatch):
+    """Also where a model draws numbers to tell it."""
+    train(write_run(max_epoch=1, valid_splits=[]))
+    monkeypatch.setattr(Blip2OPTKVMod, "prefix_attention_share", lambda self, samples: torch.rand(()).item())
+    train(write_run(max_epoch=1, valid_splits=[]))
+    first, second = (checkpoints.read(folder / LAST)["rng"][0]["torch"] for folder in runs())
+    assert torch.equal(first, second)
+
+
+def test_pace_by_a_clock_of_its_own():
+    now = iter([0, 1, 3, 5, 6, 8, 8])
+    pace = Pace(total=12, done=2, samples=10, clock=lambda: next(now))
+    for _ in range(2):
+        pace.got_data()  # after 1 s, after 2 s
+        pace.done_batch()
+    facts = pace.facts(26, torch.device("cpu"))
+    assert facts["samples_per_second"] == 2.0 and facts["hours_to_go"] == round(8 * 8 / 2 / 3600, 3)
+    assert facts["data_wait_share"] == round(3 / 8, 3)
+
+
+def test_tensorboard_draws_both_logs(write_run, runs):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(write_run(max_epoch=1, tensorboard=True))
+    events = EventAccumulator(str(runs()[0] / "tensorboard")).Reload()
+    drawn = events.Tags()["scalars"]
+    assert {"train_loss", "train_lr", "train_grad_norm", "samples_per_second", "val_agg_metrics"} <= set(drawn)
+    assert events.Scalars("train_loss")[0].step == 7
+
+
+def test_weights_and_biases_gets_the_same(write_run, runs, monkeypatch, tmp_path):
+    """A stand-in for its client, which needs an account: what is called, and with what."""
+    (tmp_path / "wandb.py").write_text(
+        "calls = []\n"
+        "class Run:\n"
+        "    id = 'abc'\n"
+        "    def log(self, numbers, step): calls.append((numbers, step))\n"
+        "    def finish(self): calls.append('finished')\n"
+        "def init(**arguments): calls.append(arguments); return Run()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = write_run(max_epoch=1, valid_splits=[], resume_ckpt_path="auto", wandb={"project": "mine"})
+    train(path)
+    import wandb
+
+    arguments, *logged, last = wandb.calls
+    assert arguments["project"] == "mine" and arguments["config"]["run"]["max_epoch"] == 1
+    assert last == "finished" and any("train_loss" in numbers and step == 7 for numbers, step in logged)
+    wandb.calls.clear()
+    train(path, ["run.max_epoch=2"])
+    assert wandb.calls[0]["id"] == "abc"  # the same curve goes on
+
+
+def test_every_wrong_key_is_told(write_run, monkeypatch):
+    monkeypatch.setattr("lavis_kvmod.runners.settings.is_installed", lambda name: False)
+    wrong = {
+        "save_every_n_iters": 0,
+        "keep_last": 0,
+        "max_bad_steps": -1,
+        "patience": "never",
+        "max_grad_norm": 0,
+        "kv_lr_scale": "fast",
+        "lr_layer_decay": 2,
+        "deterministic": 1,
+        "dist_timeout": -1,
+        "tensorboard": True,
+        "wandb": True,
+    }
+    with pytest.raises(ConfigurationError) as caught:
+        load_config(write_run(**wrong))
+    text = "\n".join(caught.value.problems)
+    for key in wrong:
+        assert f"run.{key}: " in text
+    assert "run.keep_last: expected a whole number above 0, got 0" in text
+    assert "run.wandb: wandb is not installed; pip install wandb, or set run.wandb=false" in text
+    assert len(caught.value.problems) == len(wrong)
+    assert not run_log.is_installed("no_such_package_at_all")

@@ -1,0 +1,68 @@
+"""SIGTERM and Ctrl-C save first; real signals, to this process."""
+
+import os
+import signal
+
+import pytest
+
+from lavis_kvmod import checkpoints
+from lavis_kvmod.runners.signals import Stopped, StopSignals
+from lavis_kvmod.train import train
+
+
+def send(signum):
+    os.kill(os.getpid(), signum)
+
+
+def test_one_signal_is_remembered_a_second_ctrl_c_stops_at_once():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
+        send(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        send(signal.SIGINT)  # torchrun passes a Ctrl-C on as SIGTERM: these two are one wish
+        signals.received = None
+        send(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        send(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_where_nothing_is_to_be_saved_the_first_stops():
+    with StopSignals() as signals:
+        with pytest.raises(Stopped) as stopped, signals.nothing_to_save():
+            send(signal.SIGTERM)
+        assert stopped.value.code == 128 + 15
+        with pytest.raises(Stopped), signals.nothing_to_save():  # one that came before
+            pytest.fail("went on")
+
+
+def test_sigterm_saves_after_the_step_and_the_run_goes_on_from_there(
+    write_run, in_process, runs, killed_before_step, assert_same_run
+):
+    path = write_run(max_epoch=1, accum_grad_iters=2, valid_splits=[], resume_ckpt_path="auto")
+    assert in_process(lambda: train(path), "whole")[0] == 0
+    code, output = in_process(killed_before_step(path, 1, signum=signal.SIGTERM), "stopped")
+    assert code == 128 + 15 and "SIGTERM: saving after this step, then stopping" in output
+    (folder,) = runs("stopped")
+    assert checkpoints.read(folder / "checkpoint_last.pth")["state"]["batch"] == 4  # behind the second step
+    assert in_process(lambda: train(path), "stopped")[0] == 0
+    assert_same_run(folder, runs("whole")[0])
+
+
+@pytest.mark.slow
+def test_sigterm_while_validating_stops_at_once_and_costs_nothing(write_run, in_process, runs, assert_same_run):
+    path = write_run(max_epoch=1, resume_ckpt_path="auto")
+
+    def stopped():
+        from lavis_kvmod.tasks.vqa import KVModVQATask
+
+        KVModVQATask.valid_step = lambda self, **kwargs: send(signal.SIGTERM)
+        train(path)
+
+    assert in_process(stopped, "stopped")[0] == 128 + 15
+    (folder,) = runs("stopped")
+    assert checkpoints.read(folder / "checkpoint_last.pth")["state"]["trained"]
+    code, output = in_process(lambda: train(path), "stopped")
+    assert code == 0 and "at epoch 0, batch 7" in output
+    assert in_process(lambda: train(path), "whole")[0] == 0
+    assert_same_run(folder, runs("whole")[0])

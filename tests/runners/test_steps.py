@@ -1,0 +1,162 @@
+"""One optimizer step, with a model small enough to see through."""
+
+import pytest
+import torch
+from torch import nn
+
+from lavis_kvmod.runners.loaders import PADDING
+from lavis_kvmod.runners.steps import GradientStep, identify
+
+CPU = torch.device("cpu")
+
+
+class Tokens(nn.Module):
+    """Mean over tokens of (w·x)²: batches hold different numbers of tokens."""
+
+    def __init__(self, says_weight=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+        self.unused = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.says_weight = says_weight
+
+    def forward(self, samples):
+        loss = (samples["x"] @ self.weight).pow(2).mean() * samples.get("times", 1.0)
+        return {"loss": loss, **({"loss_weight": torch.tensor(len(samples["x"]))} if self.says_weight else {})}
+
+
+def train_step(model, samples):
+    return model(samples)["loss"]
+
+
+def make(model=None, train_step=train_step, **settings):
+    model = model or Tokens()
+    optimizer = torch.optim.SGD([model.weight], lr=0.1)
+    step = GradientStep(model=model, inner=model, train_step=train_step, optimizer=optimizer, device=CPU, **settings)
+    return model, step
+
+
+def batches(*sizes):
+    generator = torch.Generator().manual_seed(0)
+    return [{"x": torch.randn(size, 3, generator=generator)} for size in sizes]
+
+
+def take(step, parts):
+    for i, part in enumerate(parts):
+        step.add(dict(part), num_batches=len(parts), is_last=i + 1 == len(parts), counts=[])
+    return step.finish()
+
+
+def test_a_step_over_several_batches_is_that_of_one_large_batch():
+    parts = batches(1, 5, 2)
+    large, one = make()
+    small, several = make()
+    loss = take(one, [{"x": torch.cat([part["x"] for part in parts])}]).loss
+    assert take(several, parts).loss == pytest.approx(loss)
+    assert torch.allclose(large.weight, small.weight, atol=1e-7)
+    # without its weights a batch would count as much as any other
+    equal, unweighed = make(Tokens(says_weight=False))
+    take(unweighed, parts)
+    assert not torch.allclose(large.weight, equal.weight, atol=1e-3)
+
+
+def test_a_single_batch_is_stock_bit_for_bit():
+    (part,) = batches(7)
+    model, step = make()
+    stock = Tokens()
+    optimizer = torch.optim.SGD([stock.weight], lr=0.1)
+    stock(part)["loss"].backward()
+    optimizer.step()
+    take(step, [part])
+    assert torch.equal(model.weight, stock.weight)
+
+
+def test_lavis_mains_train_step_gives_a_tuple():
+    model, step = make(train_step=lambda model, samples: (model(samples)["loss"], {"loss": 1}))
+    assert take(step, batches(3)).problem is None and not torch.equal(model.weight, Tokens().weight)
+
+
+def test_padding_counts_nothing():
+    parts = batches(2, 3)
+    model, step = make()
+    take(step, [*parts, {**batches(4)[0], PADDING: True}])
+    same, without = make()
+    take(without, parts)
+    assert torch.allclose(model.weight, same.weight, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_costs_its_step_and_no_more(bad):
+    good, worse = batches(2, 2)
+    model, step = make()
+    before = model.weight.detach().clone()
+    finished = take(step, [good, {**worse, "times": bad, "image_id": [7, 8]}])
+    assert torch.equal(model.weight, before) and model.weight.grad is None
+    assert finished.problem == f"the loss is {bad} (image_id [7, 8])"
+    finished = take(step, [good])
+    assert finished.problem is None and not torch.equal(model.weight, before)
+
+
+def test_a_gradient_that_is_not_finite_is_no_step():
+    """sqrt(0) has a finite value and an infinite slope."""
+    model, step = make(train_step=lambda model, samples: (model.weight * 0).abs().sum().sqrt())
+    before = model.weight.detach().clone()
+    finished = take(step, batches(1))
+    assert finished.problem.startswith("the norm of the gradient is ") and torch.equal(model.weight, before)
+
+
+def test_gradients_are_clipped_and_their_norm_is_told():
+    model, step = make(max_grad_norm=0.5)
+    before = model.weight.detach().clone()
+    finished = take(step, batches(4))
+    assert finished.grad_norm > 0.5
+    assert (before - model.weight).norm().item() == pytest.approx(0.1 * 0.5, rel=1e-4)
+
+
+def test_a_trained_parameter_without_gradient_is_named(caplog):
+    model = Tokens()
+    model.unused.requires_grad_(True)
+    _, step = make(model)
+    take(step, batches(1))
+    assert "1 trained parameters got no gradient from the first step: unused; they will not change" in caplog.text
+    _, step = make(model, world_size=2)  # which would wait for it
+    step.add(batches(1)[0], num_batches=1, is_last=True, counts=[])
+    with pytest.raises(RuntimeError, match="unused; freeze them"):
+        step.finish()
+
+
+class Scaler:
+    """What GradScaler does, where there is no GPU: scales, and leaves a step out when a gradient overflows."""
+
+    def __init__(self):
+        self.scales = 4.0
+
+    def scale(self, loss):
+        return loss * self.scales
+
+    def unscale_(self, optimizer):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad /= self.scales
+
+    def step(self, optimizer):
+        if all(torch.isfinite(p.grad).all() for group in optimizer.param_groups for p in group["params"]):
+            optimizer.step()
+
+    def update(self):
+        self.scales /= 2
+
+
+def test_with_a_scaler_the_step_is_the_same_and_an_overflow_is_the_scalers_affair():
+    parts = batches(3, 5)
+    plain, step = make(max_grad_norm=1.0)
+    take(step, parts)
+    scaled, step = make(max_grad_norm=1.0, scaler=Scaler())
+    take(step, parts)
+    assert torch.allclose(plain.weight, scaled.weight, atol=1e-7)
+    finished = take(step, [{**parts[0], "times": 1e38}])
+    assert finished.problem is None
+
+
+def test_batches_are_named_by_what_they_carry():
+    assert identify({"question_id": [1, 2], "text_input": ["a", "b"]}) == "question_id [1, 2]"
+    assert identify({"image": None}) == "its samples carry no id"
