@@ -2,7 +2,7 @@
 
 import warnings
 from contextlib import contextmanager, nullcontext
-from typing import Any, Dict, Optional
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ def fake_device(model: nn.Module, device: str, num_labels: int = 0, half: Option
     """Inside, ``model`` lies on ``device`` and new tensors have shape and dtype but no memory.
 
     Args:
-        model: may be on the ``meta`` device; its parameters and buffers are replaced by fake ones, for good.
+        model: may be on the ``meta`` device; its parameters and buffers are replaced by fake ones, for good;
+            what modules share they no longer do.
         device: ``cuda`` or ``cpu``, there or not. On the former the forward pass runs, not the backward one.
         num_labels: what ``nonzero`` finds: the one number in a step that hangs on the data.
         half: makes parameters that are stored in another half precision this one.
@@ -32,19 +33,13 @@ def fake_device(model: nn.Module, device: str, num_labels: int = 0, half: Option
 
 
 def _replace_by_fakes(model: nn.Module, device: str, half: Optional[torch.dtype]) -> None:
-    made: Dict[int, Any] = {}  # by the old one's id, so that what was shared still is
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
-            for name, old in tensors.items():
-                if old is None:
-                    continue
-                if id(old) not in made:
-                    dtype = half if half is not None and old.dtype in _HALF else old.dtype
-                    new = torch.empty(old.shape, dtype=dtype, device=device)
-                    if isinstance(old, nn.Parameter):
-                        new = nn.Parameter(new, requires_grad=old.requires_grad)
-                    made[id(old)] = (new, old)  # `old` too: once freed, its id may be given out again
-                tensors[name] = made[id(old)][0]
+            for name, old in [item for item in tensors.items() if item[1] is not None]:
+                dtype = half if half is not None and old.dtype in _HALF else old.dtype
+                new = torch.empty(old.shape, dtype=dtype, device=device)
+                is_parameter = isinstance(old, nn.Parameter)
+                tensors[name] = nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new
 
 
 class _Nonzero(TorchDispatchMode):
