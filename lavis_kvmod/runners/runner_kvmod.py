@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_kvmod import checkpoints
+from lavis_kvmod.checkpoints import CheckpointError
 from lavis_kvmod.datasets.bad_samples import BadSampleCounter
 from lavis_kvmod.distributed import barrier, from_main, gather, get_rank, get_world_size, on_main
 from lavis_kvmod.models.parts import parts_table
@@ -33,7 +34,7 @@ from lavis_kvmod.runners.environment import environment
 from lavis_kvmod.runners.loaders import PADDING, EpochLoader, eval_loader, stay_calm, stream_of
 from lavis_kvmod.runners.optimizers import build_optimizer
 from lavis_kvmod.runners.pace import Pace
-from lavis_kvmod.runners.run_folder import BEST, RunFolder, find_newest_run
+from lavis_kvmod.runners.run_folder import BEST, RunFolder, checkpoint_problem, find_newest_run
 from lavis_kvmod.runners.run_log import RunLog
 from lavis_kvmod.runners.schedules import Schedule
 from lavis_kvmod.runners.signals import Stopped, StopSignals
@@ -69,19 +70,25 @@ class RunnerKVMod(RunnerBase):
 
         Raises:
             RunFolderError: if another run is using that folder.
+            CheckpointError: if the checkpoint that ``resume_ckpt_path`` names is damaged, or no run's.
         """
         opened: List[RunFolder] = []
 
         def choose() -> Tuple[Path, Optional[Path], bool]:
             output_dir = Path.cwd() / Path(run_cfg.output_dir).expanduser()
             resume = None if run_cfg.evaluate else run_cfg.get("resume_ckpt_path", None)
+            checkpoint = None
+            if resume and resume != "auto":
+                checkpoint = Path(resume).expanduser()
+                problem = checkpoint_problem(checkpoint)
+                if problem is not None:
+                    raise CheckpointError(problem)
             folder = find_newest_run(output_dir) if resume == "auto" else None
             if folder is None:
                 folder = RunFolder.create(output_dir, name)
+                folder.checkpoint = checkpoint
                 if resume == "auto":
                     logging.info("no run in %s has a checkpoint to go on from: starting a new one", output_dir)
-                elif resume:
-                    folder.checkpoint = Path(resume).expanduser()
             opened.append(folder)
             return folder.path, folder.checkpoint, folder.continues
 
@@ -558,8 +565,16 @@ class RunnerKVMod(RunnerBase):
         on_main(write)
 
     def _reload_best_model(self, model):
-        """Load the best checkpoint's weights (LAVIS fails if none was saved, runner_base.py:597)."""
-        self._load_trained(model, checkpoints.read(self.output_dir / BEST), self.output_dir / BEST)
+        """Load the best checkpoint's weights (LAVIS fails if none was saved, runner_base.py:597).
+
+        Raises:
+            CheckpointError: if it is damaged.
+        """
+        path = self.output_dir / BEST
+        problem = on_main(lambda: checkpoint_problem(path))
+        if problem is not None:
+            raise CheckpointError(problem)
+        self._load_trained(model, checkpoints.read(path), path)
         return model
 
     def _load_checkpoint(self, url_or_filename: str) -> None:
