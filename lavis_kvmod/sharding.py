@@ -45,7 +45,7 @@ def shard_language_model(model: nn.Module, device_type: str) -> List[str]:
         raise ValueError("run.fsdp: shards the frozen language model, this one is trained")
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     for layer in model.opt_model.model.decoder.layers:  # one by one: never two whole layers on a GPU
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     return [name for name, _ in model.named_parameters() if name.startswith("opt_model.")]
 
 

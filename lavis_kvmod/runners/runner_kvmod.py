@@ -538,9 +538,10 @@ class RunnerKVMod(RunnerBase):
             FloatingPointError: if a parameter is not finite; what is on the disk stays.
         """
         randomness = gather([get_rng_state(self.device)])
+        # On all ranks: asked for its state, a sharded layer lets go of what it gathered.
+        weights = checkpoints.trained_state_dict(self.unwrap_dist_model(self.model))
 
         def write() -> None:
-            weights = checkpoints.trained_state_dict(self.unwrap_dist_model(self.model))
             _check_finite(weights)
             contents = {
                 "model": weights,

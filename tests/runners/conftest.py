@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import webdataset
 from omegaconf import OmegaConf
 from PIL import Image
 
 from lavis_kvmod import checkpoints
+from lavis_kvmod.datasets.shards.counting import write_indices
 from lavis_kvmod.train import train
 
 WORDS = ["red", "seven", "yes", "the ink is blue", "a cat on a mat", "no, it is even"]
@@ -46,24 +48,44 @@ def write_run(tmp_path, model_config, monkeypatch):
     evaluated = [str(data / "val.json"), str(data / "answers.json")]
     train_file = [str(data / "train.json")]
 
-    def write(model=(), crops="blip_image_train", name="run.yaml", **run):
+    builds = {
+        "coco_vqa": {
+            "annotations": {
+                "train": {"url": train_file, "storage": train_file},
+                "val": {"url": evaluated, "storage": evaluated},
+                "test": {"url": evaluated, "storage": evaluated},
+            },
+            "images": {"storage": str(data)},
+        },
+        "wds_vqa": {"annotations": {s: {"storage": str(data / s / "*.tar")} for s in ("train", "val")}},
+    }
+
+    def write_shards():
+        for split, given in (("train", rows(range(13))), ("val", rows(range(13, 17)))):
+            (data / split).mkdir(exist_ok=True)
+            for shard in range(3):
+                with webdataset.TarWriter(str(data / split / f"{shard}.tar"), mtime=0) as tar:
+                    for row in given[shard::3]:
+                        picture = (data / row["image"]).read_bytes()
+                        told = {key: row[key] for key in ("question", "question_id", "answer")}
+                        tar.write(
+                            {"__key__": f"{row['question_id']:03}", "png": picture, "json": json.dumps(told).encode()}
+                        )
+            write_indices([str(data / split)])
+
+    def write(model=(), crops="blip_image_train", name="run.yaml", dataset="coco_vqa", **run):
+        if dataset == "wds_vqa":
+            write_shards()
         cfg = {
             "model": {**model_config(**dict(model)), "model_type": "pretrain_opt2.7b"},
             "datasets": {
-                "coco_vqa": {
+                dataset: {
                     "vis_processor": {
                         "train": {"name": crops, "image_size": 28},
                         "eval": {"name": "blip_image_eval", "image_size": 28},
                     },
                     "text_processor": {k: {"name": "blip_question"} for k in ("train", "eval")},
-                    "build_info": {
-                        "annotations": {
-                            "train": {"url": train_file, "storage": train_file},
-                            "val": {"url": evaluated, "storage": evaluated},
-                            "test": {"url": evaluated, "storage": evaluated},
-                        },
-                        "images": {"storage": str(data)},
-                    },
+                    "build_info": builds[dataset],
                 }
             },
             "run": {
@@ -93,6 +115,7 @@ def write_run(tmp_path, model_config, monkeypatch):
 
 
 def _child(function, folder, output):
+    os.setpgrp()  # so that it can be ended with all its own processes
     os.makedirs(folder, exist_ok=True)
     os.chdir(folder)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -124,7 +147,7 @@ def in_process(tmp_path):
         process.start()
         process.join(120)
         if process.is_alive():
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             pytest.fail(f"still running after 120 s:\n{output.read_text()}")
         return process.exitcode, output.read_text()
 

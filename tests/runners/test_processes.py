@@ -147,6 +147,18 @@ def test_killed_and_resumed_on_two_processes(write_run, in_process, runs, killed
 
 
 @pytest.mark.slow
+def test_a_sharded_language_model_trains_as_a_whole_one(steady_run, in_process, runs):
+    """`run.fsdp` on gloo: as DDP does, and its checkpoint is the same kind of file."""
+    path = steady_run(max_epoch=5)
+    for name, options in (("ddp", []), ("fsdp", ["run.fsdp=true"])):
+        codes, output = ranks(in_process, steady(path, "run.valid_splits=[val]", *options), name)
+        assert codes == [0, 0], output
+    ddp, fsdp = (weights(runs(name)[0]) for name in ("ddp", "fsdp"))
+    assert ddp.keys() == fsdp.keys() and largest_difference(ddp, fsdp) <= 1e-6
+    assert in_process(steady(path, f"run.resume_ckpt_path={runs('fsdp')[0] / LAST}", "run.max_epoch=6"), "on")[0] == 0
+
+
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_in_the_epoch(write_run, in_process, runs, killed_before_step):
     path = write_run(save_every_n_iters=1, resume_ckpt_path="auto", valid_splits=[], max_epoch=1)
     ranks(in_process, killed_before_step(path, 2), "moved")

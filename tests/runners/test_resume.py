@@ -40,8 +40,9 @@ def test_the_comparison_notices(write_run, in_process, runs, assert_same_run):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["coco_vqa", "wds_vqa"])
 @pytest.mark.parametrize("seed", range(6))
-def test_killed_anywhere(write_run, in_process, runs, killed_before_step, assert_same_run, seed):
+def test_killed_anywhere(write_run, in_process, runs, killed_before_step, assert_same_run, seed, dataset):
     """Random settings, killed twice at random steps, resumed by path or by itself."""
     choose = random.Random(seed)
     options = dict(
@@ -50,6 +51,7 @@ def test_killed_anywhere(write_run, in_process, runs, killed_before_step, assert
         save_every_n_iters=choose.choice([1, 2, 3]),
         keep_last=choose.choice([1, 2, 3]),
         max_epoch=3,
+        dataset=dataset,
         model={"cache_frozen_features": seed % 2 == 1},
     )
     path = write_run(**options)
