@@ -31,7 +31,7 @@ from lavis_kvmod.precision import amp_dtype, needs_grad_scaler
 from lavis_kvmod.progress import Progress
 from lavis_kvmod.runners import resuming
 from lavis_kvmod.runners.environment import environment
-from lavis_kvmod.runners.loaders import PADDING, EpochLoader, eval_loader, stay_calm, stream_of
+from lavis_kvmod.runners.loaders import PADDING, EpochLoader, EvalLoader, StreamLoader, stay_calm, stream_of
 from lavis_kvmod.runners.optimizers import build_optimizer
 from lavis_kvmod.runners.pace import Pace
 from lavis_kvmod.runners.run_folder import BEST, RunFolder, checkpoint_problem, find_newest_run
@@ -222,7 +222,7 @@ class RunnerKVMod(RunnerBase):
         )
         stream = stream_of(dataset)
         if stream is not None:
-            return stream.make_loader(is_train=is_train, worker_init_fn=stay_calm, **settings)
+            return StreamLoader(stream.make_loader(is_train=is_train, worker_init_fn=stay_calm, **settings))
         if isinstance(dataset, (tuple, list)) or not hasattr(dataset, "__len__"):
             raise NotImplementedError(
                 f"split {split!r}: runner_kvmod reads map-style data sets, and one streamed set that has make_loader; "
@@ -232,7 +232,7 @@ class RunnerKVMod(RunnerBase):
         if len(dataset) == 0 and split in used:
             raise ValueError(f"split {split!r} of the data set is empty")
         logging.info("%s: %d samples", split, len(dataset))
-        make = EpochLoader if is_train else eval_loader
+        make = EpochLoader if is_train else EvalLoader
         return make(dataset, collate=getattr(dataset, "collater", None), **settings)
 
     # ------------------------------------------------------------ the run
