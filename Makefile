@@ -20,11 +20,16 @@ $(STAMP): setup.py pyproject.toml lavis_kvmod.pth constraints.txt
 demo: $(STAMP) ## train on scanned digits with and without KV modulation, and compare
 	@$(BIN)/lavis-kvmod demo
 
-test: $(STAMP) ## run the fast tests
-	@$(BIN)/python -m pytest
+# A process for each CPU, up to 4 (each holds LAVIS and torch); the tests of a file stay together.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-test-full: $(STAMP) ## run all tests, the slow ones too
-	@$(BIN)/python -m pytest -m ''
+test: $(STAMP) ## run the fast tests
+	@$(PYTEST)
+
+# What is done to runs on purpose is timed and counted: without others beside it.
+test-full: $(STAMP) ## run all tests, the slow ones and the faults too (writes output/faults.json)
+	@$(PYTEST) -m '' --ignore=tests/faults
+	@$(BIN)/python -m pytest -m '' tests/faults
 
 style: $(STAMP) ## check style and formatting
 	@$(BIN)/ruff check .

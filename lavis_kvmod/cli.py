@@ -8,8 +8,11 @@ from lavis_kvmod import __version__, _hook
 
 # command -> (module with `add_arguments(parser)` and `main(args)`, what it does)
 _COMMANDS = {
+    "doctor": ("lavis_kvmod.doctor.command", "what is installed and missing, and whether a run fits this machine"),
     "params": ("lavis_kvmod.params", "count a model's parameters and bytes by part, without loading it"),
+    "memory": ("lavis_kvmod.memory.command", "the GPU memory a run takes, by batch size, computed without a GPU"),
     "convert": ("lavis_kvmod.conversion.command", "write a checkpoint in another layout: LAVIS's or Hugging Face's"),
+    "pack": ("lavis_kvmod.pack", "write a run file's data as tar shards (webdataset), or an index for shards"),
     "demo": (
         "lavis_kvmod.demo.run",
         "train on scanned digits with and without KV modulation, and compare (CPU, minutes)",
@@ -34,6 +37,6 @@ def main(argv=None):
             module.add_arguments(command)
             command.set_defaults(run=module.main)
     args = parser.parse_args(argv)
-    if _hook.disabled():
+    if _hook.disabled() and args.command != "doctor":
         parser.error("this command needs the plugin: unset LAVIS_KVMOD_DISABLE")
     return args.run(args) or 0

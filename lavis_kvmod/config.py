@@ -97,12 +97,13 @@ class KVModConfig(Config):
         return OmegaConf.merge(defaults, {"model": model})
 
 
-def load_config(cfg_path: str, options: Sequence[str] = ()) -> KVModConfig:
+def load_config(cfg_path: str, options: Sequence[str] = (), *, data_only: bool = False) -> KVModConfig:
     """Read, merge and check a run file.
 
     Args:
         cfg_path: a path, or a ``projects/…`` file of the installed package.
         options: ``section.key=value`` overrides, as LAVIS's ``--options``.
+        data_only: whether nothing is to be run here, so that only the data need be there.
 
     Raises:
         FileNotFoundError: if there is no such run file.
@@ -118,10 +119,13 @@ def load_config(cfg_path: str, options: Sequence[str] = ()) -> KVModConfig:
 
     problems = _name_problems(raw) + _use_cache_root(raw)
     if problems:  # names decide which defaults to merge, so nothing more can be checked
-        raise ConfigurationError(path, problems + _run_problems(OmegaConf.merge(RUN_DEFAULTS, raw.get("run") or {})))
+        if not data_only:
+            problems += _run_problems(OmegaConf.merge(RUN_DEFAULTS, raw.get("run") or {}))
+        raise ConfigurationError(path, problems)
     cfg = KVModConfig(path, options)
-    problems = _run_problems(cfg.run_cfg) + _model_problems(cfg.model_cfg)
-    problems += _image_size_problems(cfg) + (keep_used_splits(cfg) or data_problems(cfg))
+    if not data_only:
+        problems = _run_problems(cfg.run_cfg) + _model_problems(cfg.model_cfg) + _image_size_problems(cfg)
+    problems += keep_used_splits(cfg) or data_problems(cfg)
     if problems:
         raise ConfigurationError(path, problems)
     return cfg

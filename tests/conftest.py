@@ -183,6 +183,14 @@ def stock(files):
     return model
 
 
+@pytest.fixture(autouse=True)
+def _same_cache_root(monkeypatch):
+    """A run file's ``env.cache_root`` stays in force after its run; here it ends with the test."""
+    from lavis.common.registry import registry
+
+    monkeypatch.setitem(registry.mapping["paths"], "cache_root", registry.get_path("cache_root"))
+
+
 def _images(b, seed=0):
     return torch.randn(b, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
@@ -316,8 +324,13 @@ def benchmark_root(tmp_path_factory):
     write("aokvqa/annotations/specialized_vocab_train_lavis.json", list(ANSWERS))
     for split, answered in (("train", True), ("val", True), ("testdev", True), ("test", False)):
         found = [
-            {"image": f"n{i}.jpg", "question": question, "question_id": f"05{i}", "dataset": "gqa"}
-            | ({"answer": answer} if answered else {})
+            {
+                "image": f"n{i}.jpg",
+                "question": question,
+                "question_id": f"05{i}",
+                "dataset": "gqa",
+                **({"answer": answer} if answered else {}),
+            }
             for i, question, answer in zip(numbers, QUESTIONS, ANSWERS)
         ]
         write(f"gqa/annotations/{split}_balanced_questions.json", found)

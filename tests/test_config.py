@@ -117,7 +117,7 @@ def test_missing_data_says_where_it_was_looked_for(tmp_path, monkeypatch):
     assert "test2015" not in text  # the run does not use it
     text = "\n".join(problems([], "lavis/projects/blip/train/okvqa_ft.yaml"))
     assert "datasets.ok_vqa: no folder /export/home/.cache/lavis/coco/images" in text.replace("/../", "/")
-    assert "okvqa_train.json is not in the download cache and cannot be reached" in text
+    assert "okvqa/okvqa_train.json cannot be had; get it elsewhere and put it there, or set build_info" in text
 
 
 def test_the_run_file_says_where_data_lies(tmp_path, monkeypatch):

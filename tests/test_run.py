@@ -215,6 +215,14 @@ def test_best_may_be_zero_or_less(run_file, tmp_path, monkeypatch):
     assert (best["epoch"], best["best_agg_metric"]) == (1, -2.0)
 
 
+def test_where_nothing_is_scored_the_newest_is_the_best(run_file, tmp_path, monkeypatch):
+    from lavis_kvmod.tasks.vqa import KVModVQATask
+
+    monkeypatch.setattr(KVModVQATask, "after_evaluation", lambda self, **kw: {"agg_metrics": 0.0, "scored": 0})
+    train(run_file(max_epoch=2))
+    assert checkpoints.read(only_run(tmp_path) / "checkpoint_best.pth")["epoch"] == 1
+
+
 def test_without_validation_the_newest_is_the_best(run_file, tmp_path):
     assert train(run_file(valid_splits=[])) is not None
     assert checkpoints.read(only_run(tmp_path) / "checkpoint_best.pth")["epoch"] == 1

@@ -7,7 +7,7 @@ found in their folders, every row is checked, and everything that is wrong is to
 import logging
 import re
 from collections import Counter
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import DictConfig, OmegaConf
@@ -145,10 +145,11 @@ class AnnotationBuilder(BaseDatasetBuilder):
         splits = _collect(problems, self.annotations)
         if problems:
             raise BadDataError(problems)
+        known: Dict[str, Found] = {}
         for split, rows in splits.items():
             for number, row in enumerate(rows, start=1):
                 if folders is not None:
-                    _find_image(row, folders)
+                    _find_image(row, folders, known)
                 if row.get("question_id") is None and "question" in row:
                     row["question_id"] = f"{split}-{number}"
         splits = self.divide(splits)
@@ -282,23 +283,36 @@ def _collect(problems: List[str], step):
         return None
 
 
-def _find_image(row: Annotation, folders: ImageFolders) -> None:
-    """Replace the name of a row's image by its path, or note why that cannot be done."""
-    name = row.get("image")
-    row["image_name"] = "" if name is None else str(name).strip()
-    if not row["image_name"]:
-        row["image_problem"] = Problem("no image named", "it names no image")
+Found = Union[Tuple[str, str], Problem]
+
+
+def _find_image(row: Annotation, folders: ImageFolders, known: Dict[str, Found]) -> None:
+    """Replace the name of a row's image by its path, or note why that cannot be done.
+
+    Rows about the same image share its path: ``known`` has what was found for a name.
+    """
+    name = "" if row.get("image") is None else str(row["image"]).strip()
+    if name not in known:
+        known[name] = _look_up(name, folders)
+    if isinstance(known[name], Problem):
+        row["image_name"], row["image_problem"] = name, known[name]
         return
+    row["image"], row["image_name"] = known[name]
+    if row.get("image_id") is None:
+        row["image_id"] = row["image_name"]
+
+
+def _look_up(name: str, folders: ImageFolders) -> Found:
+    """An image's path and its name in the folders, or what is wrong."""
+    if not name:
+        return Problem("no image named", "it names no image")
     try:
-        row["image"] = folders.find(row["image_name"])
+        path = folders.find(name)
     except MissingImageError as error:
-        row["image_problem"] = Problem("image not found", str(error))
+        return Problem("image not found", str(error))
     except BadImageError as error:
-        row["image_problem"] = Problem("image name not unique", str(error))
-    else:
-        row["image_name"] = folders.name_of(row["image"])
-        if row.get("image_id") is None:
-            row["image_id"] = row["image_name"]
+        return Problem("image name not unique", str(error))
+    return path, folders.name_of(path)
 
 
 def _has_words(text: Optional[str]) -> bool:

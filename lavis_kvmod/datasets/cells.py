@@ -17,11 +17,13 @@ def first(cells: Sequence[Any]) -> Any:
 
 def read_text(cell: Any, purpose: str) -> str:
     """A text without the space around it; a number is spelt out, and nothing is ''."""
+    if isinstance(cell, str):
+        return cell.strip()
     if cell is None:
         return ""
-    if isinstance(cell, bool) or not isinstance(cell, (str, int, float)):
+    if isinstance(cell, bool) or not isinstance(cell, (int, float)):
         raise ValueError(f"{purpose}: expected a text, got {json.dumps(cell, ensure_ascii=False)}")
-    return str(cell).strip()
+    return str(cell)
 
 
 def read_texts(cells: Sequence[Any], purpose: str, separator: Optional[str] = None) -> List[str]:

@@ -38,7 +38,8 @@ class _CustomBuilder(AnnotationBuilder):
     """Reads the files; which columns there are is the subclasses'."""
 
     COLUMNS: Dict[str, Column]
-    OWN_KEYS: Tuple[str, ...]  # of the section
+    SEPARATOR: str  # the key that tells what stands between several texts in a cell
+    OWN_KEYS: Tuple[str, ...] = ()  # of the section, beside those
 
     # ------------------------------------------------------------ which splits
 
@@ -90,9 +91,10 @@ class _CustomBuilder(AnnotationBuilder):
         options = {key: self.config.get(key) for key in ("format", "delimiter", "encoding")}
         table = read_table(path, expected=expected, name=called, **options)
         columns = self._columns_in(table, split, called)
-        return [self._annotation(row, columns) for row in table.rows]
+        separator = self.config.get(self.SEPARATOR)  # once: looking into a config costs more than reading a row
+        return [self._annotation(row, columns, separator) for row in table.rows]
 
-    def _annotation(self, row: Row, columns: Dict[str, List[str]]) -> Annotation:
+    def _annotation(self, row: Row, columns: Dict[str, List[str]], separator: Optional[str]) -> Annotation:
         annotation: Annotation = {"source": row.source, "image": None}
         if row.problem:
             return {**annotation, "problem": row.problem}
@@ -100,12 +102,12 @@ class _CustomBuilder(AnnotationBuilder):
         try:
             annotation["image"] = read_text(first(cells["image"]), "image")
             annotation["image_id"] = read_id(first(cells["image_id"]), "image_id")
-            annotation.update(self._texts(cells))
+            annotation.update(self._texts(cells, separator))
         except ValueError as error:
             annotation["problem"] = str(error)
         return annotation
 
-    def _texts(self, cells: Dict[str, List[Any]]) -> Annotation:
+    def _texts(self, cells: Dict[str, List[Any]], separator: Optional[str]) -> Annotation:
         """What is asked and said, from the cells under each key. Raises ValueError for what makes no sense there."""
         raise NotImplementedError
 
@@ -142,7 +144,7 @@ class _CustomBuilder(AnnotationBuilder):
     # ------------------------------------------------------------ the section
 
     def _section_problems(self) -> List[str]:
-        known = (*_SECTION_KEYS, *self.OWN_KEYS)
+        known = (*_SECTION_KEYS, self.SEPARATOR, *self.OWN_KEYS)
         problems = [_unknown(key, known) for key in self.config if key not in known]
         for key in ("columns", "split"):
             if self.config.get(key) is not None and not OmegaConf.is_dict(self.config[key]):
@@ -178,7 +180,8 @@ class CustomVQABuilder(_CustomBuilder, VQABuilder):
     """``custom_vqa``: rows with an image, a question, and one answer or many."""
 
     DATASET_CONFIG_DICT = {"default": "configs/datasets/custom/defaults_vqa.yaml"}
-    OWN_KEYS = ("answer_separator", "answer_list")
+    SEPARATOR = "answer_separator"
+    OWN_KEYS = ("answer_list",)
     COLUMNS = {
         "image": Column(required=True),
         "question": Column(required=True),
@@ -197,8 +200,7 @@ class CustomVQABuilder(_CustomBuilder, VQABuilder):
         wanted = section.get("answer_list") is None and train and all(stored(name).is_file() for name in train)
         return super().splits_read(section, used) | ({"train"} if wanted else set())
 
-    def _texts(self, cells: Dict[str, List[Any]]) -> Annotation:
-        separator = self.config.get("answer_separator")
+    def _texts(self, cells: Dict[str, List[Any]], separator: Optional[str]) -> Annotation:
         texts: Annotation = {
             "question": read_text(first(cells["question"]), "question"),
             "question_id": read_id(first(cells["question_id"]), "question_id"),
@@ -230,13 +232,13 @@ class CustomCaptionBuilder(_CustomBuilder, CaptionBuilder):
     """``custom_caption``: rows with an image and one caption or many; an image may have several rows."""
 
     DATASET_CONFIG_DICT = {"default": "configs/datasets/custom/defaults_caption.yaml"}
-    OWN_KEYS = ("caption_separator",)
+    SEPARATOR = "caption_separator"
     COLUMNS = {"image": Column(required=True), "caption": Column(several=True), "image_id": Column()}
 
-    def _texts(self, cells: Dict[str, List[Any]]) -> Annotation:
+    def _texts(self, cells: Dict[str, List[Any]], separator: Optional[str]) -> Annotation:
         if not cells["caption"]:
             return {}
-        return {"caption": read_texts(cells["caption"], "caption", self.config.get("caption_separator"))}
+        return {"caption": read_texts(cells["caption"], "caption", separator)}
 
 
 def _mapping(section: DictConfig, key: str) -> Mapping[str, Any]:

@@ -31,6 +31,7 @@ class ImageFolders:
         for root in self.roots:
             if not os.path.isdir(root):
                 raise FileNotFoundError(f"no folder {root}")
+        self._common_root = os.path.commonpath(self.roots) if self.roots else ""
         # Base names, with and without an image's extension, to (root, path below it with "/").
         self._by_name: Dict[str, List[Tuple[str, str]]] = {}
         self._by_stem: Dict[str, List[Tuple[str, str]]] = {}
@@ -94,7 +95,7 @@ class ImageFolders:
         """An image's path below its folder, or below what several folders have in common, with "/": the same on every
         machine. A path that is elsewhere is its own name."""
         if any(path.startswith(root.rstrip(os.sep) + os.sep) for root in self.roots):
-            return os.path.relpath(path, os.path.commonpath(self.roots)).replace(os.sep, "/")
+            return os.path.relpath(path, self._common_root).replace(os.sep, "/")
         return path
 
 

@@ -1,15 +1,27 @@
 """Benchmark files as their makers publish them: where they should be, how to get them, and how to read VQA's layout."""
 
+import contextlib
+import gc
 import json
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 from lavis_kvmod.datasets.annotated import Annotation
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.storage import stored
 
-__all__ = ["BenchmarkFile", "entries", "image_path", "paths_of", "read_answer_list", "read_json", "read_vqa"]
+__all__ = [
+    "BenchmarkFile",
+    "answer_text",
+    "answers_of",
+    "entries",
+    "image_path",
+    "paths_of",
+    "read_answer_list",
+    "read_json",
+    "read_vqa",
+]
 
 _IDS_SHOWN = 5
 
@@ -66,17 +78,29 @@ def paths_of(files: Sequence[BenchmarkFile]) -> List[Path]:
     return [file.path for file in files]
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+def read_json(path: Path, object_hook: Optional[Callable] = None) -> Any:
+    """What a JSON file holds; ``object_hook`` as for ``json.load``.
 
     Raises:
         BadDataError: if it is not JSON, naming the file.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        with open(path, encoding="utf-8") as file, _nothing_to_collect():
+            return json.load(file, object_hook=object_hook)
     except (ValueError, OSError) as error:  # broken UTF-8 is a ValueError, too
         raise BadDataError(f"{path}: not readable as JSON ({error}); is it whole? Fetch it again") from error
+
+
+@contextlib.contextmanager
+def _nothing_to_collect() -> Iterator[None]:
+    """Millions of new objects that all stay: looking for garbage among them would take a third of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def read_answer_list(path: Path) -> List[str]:
@@ -91,13 +115,13 @@ def read_answer_list(path: Path) -> List[str]:
     return answers
 
 
-def entries(path: Path, key: str) -> List[Dict[str, Any]]:
-    """The list under ``key`` of a file in VQA's (and COCO's) layout.
+def entries(path: Path, key: str, object_hook: Optional[Callable] = None) -> List[Dict[str, Any]]:
+    """The list under ``key`` of a file in VQA's (and COCO's) layout; ``object_hook`` as for ``json.load``.
 
     Raises:
         BadDataError: if it has another layout, telling which.
     """
-    content = read_json(path)
+    content = read_json(path, object_hook)
     found = content.get(key) if isinstance(content, dict) else None
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         got = f"an object with {', '.join(map(repr, content)) or 'nothing'}" if isinstance(content, dict) else "a list"
@@ -117,30 +141,31 @@ def read_vqa(questions: Path, annotations: Optional[Path], image_pattern: str) -
     Raises:
         BadDataError: for files of another layout, or that do not belong together.
     """
-    asked = _by_question(questions, "questions", ("question_id", "image_id", "question"))
-    answered = {}
-    if annotations is not None:
-        answered = _by_question(annotations, "annotations", ("question_id", "answers"))
-        _check_they_match(questions, asked, annotations, answered)
-    rows = []
-    for question_id, entry in asked.items():
-        row = {
-            "image": image_path(image_pattern, entry["image_id"], questions),
-            "image_id": entry["image_id"],
-            "question": entry["question"],
-            "question_id": question_id,
-            "source": f"{questions.name}, question {question_id}",
-        }
+    with _nothing_to_collect():
+        asked = _by_question(questions, "questions", ("question_id", "image_id", "question"))
+        answered = {}
         if annotations is not None:
-            row.update(_answers(answered[question_id], annotations))
-        rows.append(row)
-    return rows
+            answered = _by_question(annotations, "annotations", ("question_id", "answers"), answer_text)
+            _check_they_match(questions, asked, annotations, answered)
+        return [
+            {
+                "image": image_path(image_pattern, entry["image_id"], questions),
+                "image_id": entry["image_id"],
+                "question": entry["question"],
+                "question_id": question_id,
+                "source": f"{questions.name}, question {question_id}",
+                **(answers_of(answered[question_id], annotations) if answered else {}),
+            }
+            for question_id, entry in asked.items()
+        ]
 
 
-def _by_question(path: Path, key: str, needed: Sequence[str]) -> Dict[Any, Dict[str, Any]]:
+def _by_question(
+    path: Path, key: str, needed: Sequence[str], object_hook: Optional[Callable] = None
+) -> Dict[Any, Dict[str, Any]]:
     found: Dict[Any, Dict[str, Any]] = {}
     twice = []
-    for number, entry in enumerate(entries(path, key)):
+    for number, entry in enumerate(entries(path, key, object_hook)):
         missing = [name for name in needed if name not in entry]
         if missing:
             raise BadDataError(f"{path}: entry {number} of {key!r} has no {', '.join(missing)}")
@@ -171,14 +196,25 @@ def _check_they_match(questions: Path, asked: Mapping, annotations: Path, answer
         raise BadDataError(f"{questions} and {annotations} are not of the same split: {'; '.join(faults)}")
 
 
-def _answers(entry: Dict[str, Any], path: Path) -> Dict[str, Any]:
-    try:
-        # VQAv2 has millions of answers, but few that differ: they share their strings.
-        answers = [sys.intern(str(answer["answer"])) for answer in entry["answers"]]
-    except (TypeError, KeyError) as error:
-        expected = f'expected answers as [{{"answer": …}}, …], got {entry["answers"]!r}'
-        raise BadDataError(f"{path}: question {entry['question_id']}: {expected}") from error
-    types = {key: sys.intern(entry[key]) for key in ("question_type", "answer_type") if entry.get(key)}
+def answer_text(content: Dict[str, Any]) -> Any:
+    """An object hook that turns ``{"answer": …, "answer_confidence": …, "answer_id": …}`` into the answer's text.
+
+    VQAv2 has millions of them, and few answers that differ: read like this they take a third of the memory.
+    """
+    return sys.intern(str(content["answer"])) if "answer" in content and "answers" not in content else content
+
+
+def answers_of(entry: Dict[str, Any], path: Path) -> Dict[str, Any]:
+    """``answer``, ``question_type`` and ``answer_type`` of an annotation, read with `answer_text`.
+
+    Raises:
+        BadDataError: if its answers are something else.
+    """
+    answers = entry.get("answers")
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        where = f"{path}: question {entry.get('question_id')}"
+        raise BadDataError(f'{where}: expected answers as [{{"answer": …}}, …], got {answers!r}')
+    types = {key: sys.intern(str(entry[key])) for key in ("question_type", "answer_type") if entry.get(key)}
     return {"answer": answers, **types}
 
 

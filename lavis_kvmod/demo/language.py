@@ -22,7 +22,7 @@ from transformers import GPT2Tokenizer, OPTConfig
 from lavis_kvmod.demo import digits
 from lavis_kvmod.progress import Progress
 
-__all__ = ["PROMPTS", "LanguageRecipe", "accuracy", "save_tokenizer", "train_language_model"]
+__all__ = ["PROMPTS", "LanguageRecipe", "accuracy", "opt_config", "save_tokenizer", "train_language_model"]
 
 # The demo's recipe uses the first; the others are what else a user may try.
 PROMPTS = ("Question: {} Short answer:", "Question: {} Answer:", "{}")
@@ -78,7 +78,7 @@ def train_language_model(recipe: LanguageRecipe, folder: Path) -> float:
     """
     scans = _every_scan()
     tokenizer = save_tokenizer(recipe, folder)
-    model = OPTForCausalLM(_config(recipe, len(tokenizer))).train()
+    model = OPTForCausalLM(opt_config(recipe, len(tokenizer))).train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=recipe.learning_rate,
@@ -150,7 +150,8 @@ def save_tokenizer(recipe: LanguageRecipe, folder: Path) -> GPT2Tokenizer:
     return GPT2Tokenizer.from_pretrained(str(folder))
 
 
-def _config(recipe: LanguageRecipe, vocab_size: int) -> OPTConfig:
+def opt_config(recipe: LanguageRecipe, vocab_size: int) -> OPTConfig:
+    """The geometry of the demo's OPT."""
     return OPTConfig(
         vocab_size=vocab_size,
         hidden_size=recipe.hidden_size,

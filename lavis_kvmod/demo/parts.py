@@ -21,12 +21,22 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
+from transformers import OPTConfig
 
-from lavis_kvmod.demo.language import LanguageRecipe, train_language_model
+from lavis_kvmod.demo.language import LanguageRecipe, opt_config, train_language_model
 from lavis_kvmod.demo.vision import VisionRecipe, train_vision_encoder
 from lavis_kvmod.paths import cache_dir
 
-__all__ = ["DEMO", "Recipe", "build_parts", "language_model", "parts_dir", "vision_weights"]
+__all__ = [
+    "DEMO",
+    "Recipe",
+    "build_parts",
+    "built",
+    "language_model",
+    "language_model_config",
+    "parts_dir",
+    "vision_weights",
+]
 
 _CODE_VERSION = 1  # raise it when the same recipe would give other weights
 _MANIFEST = "manifest.json"
@@ -77,6 +87,20 @@ def language_model(recipe: Recipe = DEMO) -> Path:
         return {"accuracy": train_language_model(recipe.language, folder)}
 
     return _part("language", recipe, recipe.language.seed, build)
+
+
+def built(name: str, recipe: Recipe = DEMO) -> Optional[Path]:
+    """The folder of the ``vision`` or the ``language`` part if it is whole; None before it is first used."""
+    folder = parts_dir(recipe) / name
+    return folder if _damage(folder) is None else None
+
+
+def language_model_config(recipe: Recipe = DEMO) -> OPTConfig:
+    """The language model's geometry, built or not; its vocabulary is known once it is built, and at most this large."""
+    folder = built("language", recipe)
+    if folder is not None:
+        return OPTConfig.from_pretrained(str(folder))
+    return opt_config(recipe.language, recipe.language.vocab_size)
 
 
 def parts_dir(recipe: Recipe = DEMO) -> Path:

@@ -208,6 +208,10 @@ _OPT_GEOMETRY = {
 def _opt_config(name: str, folder: Optional[Path]) -> OPTConfig:
     if folder is not None:
         return OPTConfig.from_pretrained(str(folder))
+    if name == "demo":
+        from lavis_kvmod.demo import parts
+
+        return parts.language_model_config()
     if name not in _OPT_GEOMETRY:
         raise MissingWeightsError(
             f"language model: {name} is not on this machine, and its size is only known for {', '.join(_OPT_GEOMETRY)}"

@@ -5,6 +5,10 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
+# Images are encoded so many at a time, the last ones with copies of one beside them: how kernels round depends on the
+# size of the batch, and a run that is resumed meets an image in other company than one that was not interrupted.
+_TOGETHER = 16
+
 
 class FrozenFeatures(NamedTuple):
     """What the two frozen encoders make of a batch: visual tokens (b, n, width), pooled features (b, f) or None."""
@@ -32,9 +36,12 @@ class FrozenFeatureCache:
     ) -> FrozenFeatures:
         """Features of ``image`` (b, 3, H, W), encoding only the images whose key is new."""
         new: Dict[str, int] = {k: i for i, k in enumerate(keys) if k not in self._by_key}
-        if new:
-            encoded = encode(image[list(new.values())])
-            for row, key in enumerate(new):
+        todo = list(new.items())
+        for start in range(0, len(todo), _TOGETHER):
+            some = todo[start : start + _TOGETHER]
+            rows = [row for _, row in some]
+            encoded = encode(image[rows + rows[:1] * (_TOGETHER - len(rows))])
+            for row, (key, _) in enumerate(some):
                 self._by_key[key] = FrozenFeatures(
                     *(None if part is None else part[row].to("cpu", copy=True) for part in encoded)
                 )

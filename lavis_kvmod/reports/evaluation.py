@@ -129,9 +129,13 @@ def _page(report: Report, folder: Path) -> str:
 def _examples(split: str, evaluated: Evaluated, folder: Path) -> List[str]:
     """The Markdown of a split's examples; their pictures are written here."""
     parts: List[str] = []
-    columns = _columns(evaluated.rows)
+    rows = evaluated.rows
+    if evaluated.pictures and len(evaluated.pictures) < len(rows):
+        rows = [row for row in rows if row["instance_id"] in evaluated.pictures]
+        parts.append(f"The data were streamed: the examples are from the first {len(rows)} samples that were read.")
+    columns = _columns(rows)
     pictures: Dict[str, str] = {}  # by instance: an example may be in two groups
-    for group in choose(evaluated.rows, evaluated.goodness):
+    for group in choose(rows, evaluated.goodness):
         lines = []
         for row in group.rows:
             if row["instance_id"] not in pictures:

@@ -1,52 +1,44 @@
 """``runner_kvmod``: LAVIS's RunnerBase, on CPU and CUDA, in one process or many, that can be killed at any time.
 
 It takes LAVIS's run section and tasks unchanged (it calls ``train_step``, ``evaluation`` and ``after_evaluation`` of
-any task). What it mends, with the place in LAVIS 1.0.2, stands at each override. The parts: `loaders` (what a batch
-holds), `steps` (one optimizer step), `schedules`, `training_state` (what a checkpoint holds), `run_folder` (where it
-goes), `run_log`, `signals`.
+any task). What it mends, with the place in LAVIS 1.0.2, stands at each override. The parts: `epochs` (one pass over the
+data), `loaders` (what a batch holds), `steps` (one optimizer step), `schedules`; `saving` and `resuming`,
+`training_state` (what a checkpoint holds), `run_folder` (where it goes); `run_log`, `signals`.
 """
 
 import contextlib
 import datetime
 import logging
-import math
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from lavis.common.dist_utils import is_main_process, main_process
-from lavis.datasets.data_utils import concat_datasets, prepare_sample, reorg_datasets_by_split
+from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
 from lavis.runners.runner_base import RunnerBase
-from omegaconf import OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 
-from lavis_kvmod import checkpoints
 from lavis_kvmod.checkpoints import CheckpointError
-from lavis_kvmod.datasets.bad_samples import BadSampleCounter
-from lavis_kvmod.distributed import barrier, from_main, gather, get_rank, get_world_size, on_main
+from lavis_kvmod.distributed import barrier, from_main, get_rank, get_world_size, on_main
 from lavis_kvmod.models.parts import parts_table
 from lavis_kvmod.plugin import set_registry_path
 from lavis_kvmod.precision import amp_dtype, needs_grad_scaler
-from lavis_kvmod.progress import Progress
-from lavis_kvmod.runners import resuming
 from lavis_kvmod.runners.environment import environment
-from lavis_kvmod.runners.loaders import PADDING, EpochLoader, EvalLoader, StreamLoader, stay_calm, stream_of
+from lavis_kvmod.runners.epochs import TrainsEpochs
+from lavis_kvmod.runners.loaders import EpochLoader, EvalLoader, StreamLoader, stay_calm, stream_of
 from lavis_kvmod.runners.optimizers import build_optimizer
-from lavis_kvmod.runners.pace import Pace
 from lavis_kvmod.runners.run_folder import BEST, RunFolder, checkpoint_problem, find_newest_run
 from lavis_kvmod.runners.run_log import RunLog
+from lavis_kvmod.runners.saving import SavesRuns
 from lavis_kvmod.runners.schedules import Schedule
-from lavis_kvmod.runners.signals import Stopped, StopSignals
+from lavis_kvmod.runners.signals import StopSignals
 from lavis_kvmod.runners.steps import GradientStep
-from lavis_kvmod.runners.training_state import RunState, get_rng_state, set_rng_state
+from lavis_kvmod.runners.training_state import RunState
 from lavis_kvmod.sharding import shard_language_model
 
-KEEP_LAST = 2
-MAX_BAD_STEPS = 3
 
-
-class RunnerKVMod(RunnerBase):
+class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
     """Train, validate and test a model by a LAVIS run section; docs/training.md tells what it promises.
 
     Args:
@@ -336,7 +328,9 @@ class RunnerKVMod(RunnerBase):
                 f"checkpoint cannot be told; it gave {sorted(metrics)}"
             )
         best = self.state.best_agg_metric
-        if best is not None and not value > best:
+        if metrics.get("scored") == 0:
+            logging.warning("%s has nothing to score against: the newest epoch counts as the best", split)
+        elif best is not None and not value > best:
             return False
         self.state.best_agg_metric, self.state.best_epoch = float(value), epoch
         return True
@@ -353,159 +347,6 @@ class RunnerKVMod(RunnerBase):
                 self.log_stats(logs[split], split)
                 logging.info("%s: %s", split, _short(logs[split]))
         return logs if is_main_process() else None
-
-    # ------------------------------------------------------------ one epoch
-
-    def train_epoch(self, epoch: int) -> Dict[str, Any]:
-        """Train what is left of an epoch; returns its facts for log.txt.
-
-        Gradients are accumulated over ``accum_grad_iters`` batches, averaged, and what is left at the epoch's end is
-        not lost (LAVIS sums them and lets leftovers run into the next epoch, base_task.py:215).
-
-        Raises:
-            FloatingPointError: see `train`, naming the batch.
-            BadDataError: if the share of samples that cannot be read is above the data set's ``max_bad_share``.
-            Stopped: see `train`.
-        """
-        state, model, loader = self.state, self.model, self.train_loader
-        if state.epoch != epoch:
-            state.start_epoch(epoch)
-        model.train()
-        loader.set_epoch(epoch, state.batch)
-        total = len(loader)
-        self._bad_samples = self._count_bad_samples()
-        progress = Progress(loader, f"epoch {epoch}", self.log_freq, start=state.batch, total=total)
-        pace = Pace(total * self.max_epoch, done=self._batches_done(), samples=state.samples)
-        samples = None
-        for i, samples in enumerate(progress, start=state.batch):
-            pace.got_data()
-            samples = prepare_sample(samples, cuda_enabled=self.cuda_enabled)
-            samples.update(epoch=epoch, num_iters_per_epoch=total, iters=i)
-            is_last, stop = self._train_batch(samples, i, total)
-            state.batch = i + 1
-            pace.done_batch()
-            rate = self.optimizer.param_groups[0]["lr"]
-            progress.status(f"loss {state.mean_loss():.4f} lr {rate:.2e}")
-            if (i + 1) % self.log_freq == 0 or i + 1 == total:
-                facts = {
-                    "epoch": epoch,
-                    "batch": i + 1,
-                    "loss": round(state.mean_loss(), 4),
-                    "lr": rate,
-                    **pace.facts(state.samples, self.device),
-                }
-                self.log.timing(facts, self._batches_done())
-            if is_last and state.batch < total:  # at the end of the epoch there is more to save
-                self._save_in_between(epoch, stop)
-        if state.batch != total:
-            raise RuntimeError(f"the loader of the training data promised {total} batches and gave {state.batch}")
-        return self._epoch_facts(epoch, samples)
-
-    def _train_batch(self, samples: Dict[str, Any], i: int, total: int) -> Tuple[bool, bool]:
-        """Whether a step was due, and whether some rank was asked to stop."""
-        state, accumulate = self.state, self.accum_grad_iters
-        group_start = i - i % accumulate
-        group_size = min(accumulate, total - group_start)
-        is_last = i + 1 == group_start + group_size
-        self.schedule.set(epoch=state.epoch, step=i // accumulate, steps_per_epoch=-(-total // accumulate))
-        bad_samples = samples.pop("bad_samples", [])
-        size = 0 if samples.get(PADDING) else _num_samples(samples)
-        num_samples, num_bad, stop = self.gradient_step.add(
-            samples,
-            num_batches=group_size,
-            is_last=is_last,
-            counts=[size, len(bad_samples), self.signals.received is not None],
-        )
-        state.samples += int(num_samples)
-        bad_samples = gather(bad_samples) if num_bad else []
-        state.bad_samples = list(dict.fromkeys([*state.bad_samples, *bad_samples]))
-        self._bad_samples.update(int(num_samples), bad_samples)
-        if is_last:
-            self._step(i)
-        if not self.use_distributed:  # nobody to agree with, so what came during the step counts too
-            stop = self.signals.received is not None
-        return is_last, bool(stop)
-
-    def _step(self, i: int) -> None:
-        state = self.state
-        result = self.gradient_step.finish()
-        if result.problem is None:
-            state.steps_counted += 1
-            state.loss_sum += result.loss
-            if math.isfinite(result.grad_norm):  # fp16's scaler finds its scale by overflowing now and then
-                state.norms_counted += 1
-                state.grad_norm_sum += result.grad_norm
-                state.grad_norm_max = max(state.grad_norm_max, result.grad_norm)
-            return
-        state.bad_steps += 1
-        allowed = int(self._run_key("max_bad_steps", MAX_BAD_STEPS))
-        where = f"{result.problem} in epoch {state.epoch}, batch {i}"
-        if state.bad_steps > allowed:
-            raise FloatingPointError(
-                f"{where}; {state.bad_steps} steps of this run were bad, and max_bad_steps is {allowed}. The last "
-                f"checkpoint in {self.output_dir} is intact"
-            )
-        logging.warning("%s: step skipped (%d of at most %d)", where, state.bad_steps, allowed)
-        self.log_stats({"bad_step": result.problem, "epoch": state.epoch, "batch": i}, "train")
-
-    def _count_bad_samples(self) -> BadSampleCounter:
-        """A counter that knows those met before a resume."""
-        dataset = self.datasets["train"]
-        parts = getattr(dataset, "datasets", [dataset])
-        shares = [part.max_bad_share for part in parts if hasattr(part, "max_bad_share")]
-        log = logging.warning if is_main_process() else logging.debug
-        counter = BadSampleCounter(max(shares), log=log) if shares else BadSampleCounter(log=log)
-        counter.update(self.state.samples, self.state.bad_samples)
-        return counter
-
-    def _save_in_between(self, epoch: int, stop: bool) -> None:
-        every = self._run_key("save_every_n_iters", None)
-        done, before = self.state.batch, self.state.batch - self.accum_grad_iters
-        if stop or (every is not None and done // every > before // every):
-            self._save_checkpoint(epoch)
-        if stop:
-            barrier()
-            raise Stopped(next(signum for signum in gather([self.signals.received]) if signum is not None))
-
-    def _epoch_facts(self, epoch: int, samples: Optional[Dict[str, Any]]) -> Dict[str, Any]:
-        state = self.state
-        rates = self.schedule.rates()
-        facts: Dict[str, Any] = {
-            "epoch": epoch,
-            "loss": f"{state.mean_loss():.4f}",
-            "lr": f"{rates.pop('lr'):.3e}",
-            "grad_norm": f"{state.grad_norm_sum / max(state.norms_counted, 1):.4f}",
-            "grad_norm_max": f"{state.grad_norm_max:.4f}",
-        }
-        if rates:
-            facts["lrs"] = {name: f"{rate:.3e}" for name, rate in rates.items()}
-        share = self._prefix_attention_share(samples)
-        if share is not None:
-            facts["prefix_attention_share"] = f"{share:.4f}"
-        num_bad = self._bad_samples.report(epoch)
-        if num_bad:
-            facts["bad_samples"] = num_bad
-        logging.info("train, epoch %d: loss %s", epoch, facts["loss"])
-        return facts
-
-    @torch.no_grad()
-    def _prefix_attention_share(self, samples: Optional[Dict[str, Any]]) -> Optional[float]:
-        """On the epoch's last batch, without touching the run's randomness."""
-        model = self.unwrap_dist_model(self.model)
-        if samples is None or not hasattr(model, "prefix_attention_share"):
-            return None
-        randomness = get_rng_state(self.device)
-        model.eval()
-        with self.autocast():
-            share = model.prefix_attention_share(samples)
-        model.train()
-        set_rng_state(randomness, self.device)
-        return share
-
-    def _batches_done(self) -> int:
-        if "train" not in self.dataloaders:  # in an evaluation
-            return 0
-        return self.state.epoch * len(self.train_loader) + self.state.batch
 
     @torch.no_grad()
     def eval_epoch(self, split_name: str, cur_epoch, skip_reload: bool = False):
@@ -527,91 +368,7 @@ class RunnerKVMod(RunnerBase):
             return None
         return self.task.after_evaluation(val_result=results, split_name=split_name, epoch=cur_epoch)
 
-    # ------------------------------------------------------------ checkpoints and logs
-
-    def _save_checkpoint(self, cur_epoch: int, is_best: bool = False, in_place: bool = False) -> None:
-        """Write what is trained, and all that a resumed run needs to go on as if nothing had happened. All ranks call
-        it; rank 0 writes.
-
-        Raises:
-            RunFolderError: if it cannot be written.
-            FloatingPointError: if a parameter is not finite; what is on the disk stays.
-        """
-        randomness = gather([get_rng_state(self.device)])
-        # On all ranks: asked for its state, a sharded layer lets go of what it gathered.
-        weights = checkpoints.trained_state_dict(self.unwrap_dist_model(self.model))
-
-        def write() -> None:
-            _check_finite(weights)
-            contents = {
-                "model": weights,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict() if self.scaler else None,
-                "config": self._resolved_config(),
-                "epoch": cur_epoch,
-                "best_agg_metric": self.state.best_agg_metric,
-                "best_epoch": self.state.best_epoch,
-                "state": self.state.to_dict(),
-                "data": resuming.data_order(self.config.run_cfg, self.train_loader, get_world_size()),
-                "rng": randomness,
-                "log": self.log.text(),
-            }
-            if is_best:
-                path = self.folder.save_best(contents)
-            else:
-                keep = int(self._run_key("keep_last", KEEP_LAST))
-                path = self.folder.save_last(contents, keep=keep, in_place=in_place)
-            logging.info("saved %s (epoch %d)", path, cur_epoch)
-
-        on_main(write)
-
-    def _reload_best_model(self, model):
-        """Load the best checkpoint's weights (LAVIS fails if none was saved, runner_base.py:597).
-
-        Raises:
-            CheckpointError: if it is damaged.
-        """
-        path = self.output_dir / BEST
-        problem = on_main(lambda: checkpoint_problem(path))
-        if problem is not None:
-            raise CheckpointError(problem)
-        self._load_trained(model, checkpoints.read(path), path)
-        return model
-
-    def _load_checkpoint(self, url_or_filename: str) -> None:
-        """Resume: weights, optimizer, scaler, position, best metric, randomness and log (LAVIS loads strictly what it
-        saved in part, runner_base.py:628, and forgets the rest).
-
-        Raises:
-            FileNotFoundError, CheckpointError: if it cannot be read or does not fit.
-        """
-        contents = checkpoints.read(url_or_filename)
-        resuming.check(contents, url_or_filename)
-        resuming.warn_of_changes(contents, self._resolved_config(), get_world_size())
-        self._load_trained(self.unwrap_dist_model(self.model), contents, url_or_filename)
-        resuming.load_optimizer(self.optimizer, contents["optimizer"], url_or_filename)
-        if self.scaler is not None and contents.get("scaler"):
-            self.scaler.load_state_dict(contents["scaler"])
-        self.state = RunState.from_checkpoint(contents)
-        order = resuming.data_order(self.config.run_cfg, self.train_loader, get_world_size())
-        resuming.find_position(self.state, contents.get("data"), order)
-        resuming.restore_randomness(contents.get("rng"), self.device, get_rank(), get_world_size())
-        if is_main_process() and "log" in contents:
-            self.log.restore(contents["log"])
-        if not on_main(lambda: resuming.bring_best(self.state, Path(url_or_filename), self.output_dir / BEST)):
-            self.state.best_agg_metric = self.state.best_epoch = None
-            self.state.validations_since_best = 0
-        self.start_epoch = self.state.epoch
-        logging.info("resumed from %s at epoch %d, batch %d", url_or_filename, self.state.epoch, self.state.batch)
-
-    @staticmethod
-    def _load_trained(model, state: Dict[str, Any], source) -> None:
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        frozen = set(model.state_dict()) - trained
-        checkpoints.load_weights(model, state["model"], source=source, may_lack=frozen)
-
-    def _resolved_config(self) -> Dict[str, Any]:
-        return OmegaConf.to_container(self.config.config, resolve=True)
+    # ------------------------------------------------------------ logs
 
     def log_stats(self, stats: Dict[str, Any], split_name: str) -> None:
         """A line of log.txt (rank 0)."""
@@ -632,19 +389,6 @@ def _joined(split: str, datasets: List[Any]):
     if any(stream_of(dataset) is not None for dataset in datasets):
         raise NotImplementedError(f"split {split!r}: a streamed data set cannot be mixed with others; got {datasets}")
     return concat_datasets({split: datasets})[split]
-
-
-def _num_samples(samples: Dict[str, Any]) -> int:
-    for key in ("image", "text_input", "instance_id"):
-        if key in samples:
-            return len(samples[key])
-    return 1
-
-
-def _check_finite(weights: Dict[str, torch.Tensor]) -> None:
-    for name, value in weights.items():
-        if not torch.isfinite(value).all():
-            raise FloatingPointError(f"{name} is not finite: not saved; the checkpoints on the disk stay as they were")
 
 
 def _short(metrics: Dict[str, Any]) -> str:

@@ -40,4 +40,6 @@ def steps(loader: Iterable, batches: Iterable[Dict[str, Any]], model, has_target
 
 
 def _first_sample(loader) -> Optional[Dict[str, Any]]:
+    if hasattr(loader, "first_sample"):  # streamed
+        return loader.first_sample()
     return loader.collate_fn([loader.dataset[0]])

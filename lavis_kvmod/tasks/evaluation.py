@@ -12,14 +12,14 @@ from lavis.datasets.data_utils import prepare_sample
 from torch import Tensor
 
 from lavis_kvmod.datasets.bad_samples import BadSampleCounter
-from lavis_kvmod.distributed import gather
+from lavis_kvmod.distributed import gather, get_world_size
 from lavis_kvmod.progress import Progress
 from lavis_kvmod.tasks.batches import steps
 from lavis_kvmod.tasks.predictions import write_predictions
 
 Row = Dict[str, Any]
 
-# Streamed images cannot be asked for again, so rank 0 keeps the first ones for the report's examples.
+# Streamed images cannot be asked for again, so the first ones, on all ranks together, are kept for a report's examples.
 PICTURES_KEPT = 96
 
 
@@ -97,7 +97,7 @@ class DatasetEvaluation:
         Raises:
             BadDataError: on all ranks, if more samples were unreadable than the data set allows.
         """
-        share = {"rows": val_result, "loss": self._loss, "bad": self._bad or []}
+        share = {"rows": val_result, "loss": self._loss, "bad": self._bad or [], "pictures": self._pictures or {}}
         shares = gather([share])
         rows = self._in_order(row for share in shares for row in share["rows"])
         self._count_bad(len(rows), [text for share in shares for text in share["bad"]], epoch)
@@ -119,7 +119,8 @@ class DatasetEvaluation:
         logging.info("wrote %d predictions to %s and %s", len(rows), *paths)
         self._write_leaderboard(rows, folder)
         if self.evaluated is not None:
-            self.evaluated[split_name] = Evaluated(rows, self._dataset, self._pictures or {}, self.goodness)
+            pictures = {instance: image for share in shares for instance, image in share["pictures"].items()}
+            self.evaluated[split_name] = Evaluated(rows, self._dataset, pictures, self.goodness)
         return metrics
 
     # ------------------------------------------------------------ while the batches pass
@@ -128,27 +129,29 @@ class DatasetEvaluation:
         """A batch's loss times its weight, and that weight; random numbers are drawn as if it had not been."""
         device = samples["image"].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            output = model(self.with_prompt(dict(samples)))
+            output = model(self.as_trained(model, dict(samples)))
         # Another model than ours does not say over how many tokens its mean is: then each sample counts the same.
         weight = float(output.get("loss_weight", len(samples["image"])))
         return float(output["loss"]) * weight, weight
 
-    def with_prompt(self, samples: Dict[str, Any]) -> Dict[str, Any]:
-        """``samples`` as the training loss sees them."""
+    def as_trained(self, model, samples: Dict[str, Any]) -> Dict[str, Any]:
+        """An evaluation batch as the training loss sees it."""
         return samples
 
     def _keep_pictures(self, rows: List[Row], images: Tensor) -> None:
-        wanted = PICTURES_KEPT - len(self._pictures) if is_main_process() and self.evaluated is not None else 0
-        for row, image in list(zip(rows, images))[:wanted]:
+        if self.evaluated is None:
+            return
+        wanted = max(1, PICTURES_KEPT // get_world_size()) - len(self._pictures)
+        for row, image in list(zip(rows, images))[: max(0, wanted)]:
             self._pictures[row["instance_id"]] = image.to("cpu", torch.float16)
 
     # ------------------------------------------------------------ when all have passed
 
     def _in_order(self, rows: Iterable[Row]) -> List[Row]:
-        """Each instance once, in the data set's order, however many ranks there were."""
+        """Each instance once, in the data set's order (streamed ones by their ids), however many ranks there were."""
         unique = {row["instance_id"]: row for row in rows}
         place = {ann["instance_id"]: i for i, ann in enumerate(getattr(self._dataset, "annotation", None) or [])}
-        return sorted(unique.values(), key=lambda row: place.get(row["instance_id"], len(place)))
+        return sorted(unique.values(), key=lambda row: (place.get(row["instance_id"], len(place)), row["instance_id"]))
 
     def _annotations(self, rows: List[Row]) -> List[Row]:
         """Each row's annotation: the one that came with it (taken out of the row), else the data set's."""

@@ -85,16 +85,18 @@ class KVModVQATask(DatasetEvaluation, VQATask, BuildsDatasets):
 
     def train_step(self, model, samples):
         """The loss on the answers, with the task's prompt."""
-        return super().train_step(model, self.with_prompt(samples))
+        return super().train_step(model, self.as_trained(model, samples))
 
-    def with_prompt(self, samples: Dict[str, Any]) -> Dict[str, Any]:
+    def as_trained(self, model, samples: Dict[str, Any]) -> Dict[str, Any]:
         """``samples`` with the task's prompt where they bring none."""
         samples.setdefault("prompt", self.prompt)
         return samples
 
     def has_targets(self, samples: Dict[str, Any]) -> bool:
         """Whether a batch carries answers to each of its questions, as our data sets' do."""
-        return all(key in samples for key in ("answer", "weight", "n_answers")) and 0 not in samples["n_answers"]
+        if not all(key in samples for key in ("answer", "weight", "n_answers")):
+            return False
+        return 0 not in samples["n_answers"] and all(answer.strip() for answer in samples["answer"])
 
     def valid_step(self, model, samples) -> List[Row]:
         """Answers of a batch, with question ids of any type."""

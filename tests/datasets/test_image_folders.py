@@ -79,8 +79,8 @@ def test_several_folders(tree, tmp_path):
 
 
 def test_a_folder_within_a_folder_gives_no_file_twice(tree):
-    root = tree("in/a.jpg")
-    assert ImageFolders([root, root / "in", root]).find("a.jpg") == str(root / "in/a.jpg")
+    root = tree("in/x/a.jpg")
+    assert ImageFolders([root, root / "in", root]).find("a.jpg") == str(root / "in/x/a.jpg")
 
 
 def test_hidden_files_do_not_fit_by_chance(tree):

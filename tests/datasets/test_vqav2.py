@@ -161,6 +161,12 @@ def test_another_layout_is_named(root, text, expected):
     assert f"val: {path}: " in found and expected in found
 
 
+def test_answers_of_another_form_are_named(root):
+    path = root / ANNOTATIONS / "v2_mscoco_val2014_annotations.json"
+    change(path, lambda content: content["annotations"][2].update(answers={"a": 1}))
+    assert f"{path}: question 22: expected answers as [{{\"answer\": …}}, …], got {{'a': 1}}" in problems()
+
+
 def test_missing_images_are_counted_before_training(root):
     for i in (1, 2):
         (root / f"coco/images/train2014/COCO_train2014_{i:012d}.jpg").unlink()

@@ -11,7 +11,7 @@ from lavis_kvmod.runners.run_folder import checkpoint_problem
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-LAST = "checkpoint_last.pth"
+LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
 
 
 def flip_a_bit(path, choose, at=None):
@@ -102,6 +102,25 @@ def test_a_damaged_one_that_is_named_is_refused(record, place, broken_off):
             told = run.output[run.output.index("error: ") :]
             assert str(path) in told and "Traceback" not in run.output and not killed.steps()
             assert killed.folders() == [folder]
+
+
+def test_the_best_is_damaged(record, place, assert_same_run):
+    """Before a test: refused. While training is still to come: the best is looked for among what comes."""
+    whole = place("reference", batch_size_train=2, max_epoch=2, test_splits=["test"]).finish()
+    for epochs in (2, 3):
+        damaged = place(f"damaged-{epochs}")
+        shutil.copytree(whole.parent, damaged.output_dir)
+        (folder,) = damaged.folders()
+        with record.attempt("checkpoint damaged"):
+            flip_a_bit(folder / BEST, random.Random(epochs))
+            run = damaged.start(options=[f"run.max_epoch={epochs}"])
+            code = run.wait()
+            damage = f"{folder / BEST}: damaged ("
+            if epochs == 2:
+                assert code == 2 and f"error: {damage}" in run.end, run.end
+            else:
+                assert code == 0 and damage in run.output and "the best is looked for among what comes" in run.output
+                assert checkpoint_problem(folder / BEST) is None and checkpoints.read(folder / BEST)["epoch"] == 2
 
 
 def test_a_flipped_bit_is_found_wherever_it_is(record, broken_off, tmp_path):

@@ -471,11 +471,23 @@ def test_cached_features_are_the_same_and_computed_once(build, images):
     expected = plain.encode(batch).soft_prompt
     for _ in range(2):
         assert torch.allclose(model.encode(batch).soft_prompt, expected, atol=1e-6)
-    assert calls == [2]
+    assert calls == [16]  # always as many, so that an image's features do not depend on its company
     model.encode({"image": images(2, seed=9), "image_key": ["b", "c"]})
-    assert calls == [2, 1]
+    assert calls == [16, 16]
     model.encode({"image": images(2)})  # no promise, no cache
-    assert calls == [2, 1, 2]
+    assert calls == [16, 16, 2]
+
+
+def test_cached_features_do_not_depend_on_the_company(build, images):
+    """A run that is resumed meets an image in another batch: its features must be the same to the last bit."""
+    together = images(20)
+    whole, alone = (build(cache_frozen_features=True).eval() for _ in range(2))
+    encoded = whole.encode({"image": together, "image_key": list(range(20))})
+    for row in (3, 17):
+        alone.encode({"image": together[row : row + 1], "image_key": [row]})
+        for one, other in zip(whole.feature_cache._by_key[row], alone.feature_cache._by_key[row]):
+            assert torch.equal(one, other)
+    assert encoded.soft_prompt.shape[0] == 20
 
 
 # ------------------------------------------------------------------ precision on the CPU

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import torch
 from PIL import Image
 from skimage import data
 
@@ -92,3 +93,14 @@ def test_captions_say_how_they_were_split(tmp_path):
     write(captions, tmp_path / "run")
     page = (tmp_path / "run/report.md").read_text(encoding="utf-8")
     assert "simple tokeniser, since Java was not there" in page
+
+
+def test_examples_of_streamed_data_are_those_whose_pictures_were_kept(tmp_path):
+    base = report(tmp_path)
+    rows = [{**base.evaluated["val"].rows[0], "instance_id": str(i), "image": f"shard/{i}"} for i in range(9)]
+    evaluated = Evaluated(rows, SimpleNamespace(), {str(i): torch.zeros(3, 8, 8) for i in (3, 7)}, ("accuracy",))
+    write(base._replace(evaluated={"val": evaluated}), tmp_path / "run")
+    page = (tmp_path / "run/report.md").read_text(encoding="utf-8")
+    assert "the examples are from the first 2 samples" in page
+    assert "shard/3" in page and "shard/7" in page and "shard/0" not in page
+    assert {path.name for path in (tmp_path / "run/report").iterdir()} == {"val_01.jpg", "val_02.jpg"}

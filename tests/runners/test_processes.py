@@ -86,25 +86,36 @@ def steady_run(write_run, model_config):
     )
 
 
+def assert_same_training(path, first, second):
+    """The parameters to 1e-6, and each epoch's loss, gradient norm and rate as logged; and they have moved."""
+    one, two = weights(first), weights(second)
+    assert largest_difference(one, two) <= 1e-6
+    assert largest_difference(one, build_runner(load_config(path)).model.state_dict()) > 1e-3
+    logs = [(folder / "log.txt").read_text().splitlines() for folder in (first, second)]
+    for epoch in range(-5, 0):
+        one, two = (json.loads(lines[epoch]) for lines in logs)
+        for key in ("train_loss", "train_grad_norm", "train_lr"):
+            assert one[key] == two[key]
+
+
 def test_two_processes_with_batch_b_are_one_with_2b(steady_run, in_process, runs):
-    """13 samples with answers of different lengths: the last batch has one sample, and the second rank none. Then
-    accumulated batches, on both sides."""
-    path = steady_run(max_epoch=5, batch_size_train=2)  # 4 steps an epoch
+    """20 steps. 13 samples with answers of different lengths: the last batch has one sample, the second rank none."""
+    path = steady_run(max_epoch=5, batch_size_train=2)
     codes, output = ranks(in_process, steady(path), "two")
     assert codes == [0, 0], output
     assert in_process(steady(path, "run.batch_size_train=4"), "one")[0] == 0
-    accumulated = steady(path, "run.batch_size_train=1", "run.accum_grad_iters=4")
-    assert in_process(accumulated, "accumulated")[0] == 0
-    first = build_runner(load_config(path)).model.state_dict()
-    two, one, accumulated = (weights(runs(folder)[0]) for folder in ("two", "one", "accumulated"))
-    assert largest_difference(two, one) <= 1e-6
-    assert largest_difference(one, first) > 1e-3
-    assert largest_difference(accumulated, one) <= 1e-6
-    logs = [(runs(folder)[0] / "log.txt").read_text().splitlines() for folder in ("two", "one", "accumulated")]
-    for epoch in range(-5, 0):
-        two, one, accumulated = (json.loads(lines[epoch]) for lines in logs)
-        for key in ("train_loss", "train_grad_norm", "train_lr"):
-            assert two[key] == one[key] == accumulated[key]
+    assert_same_training(path, runs("one")[0], runs("two")[0])
+
+
+@pytest.mark.slow
+def test_accumulated_batches_are_one_large_batch(steady_run, in_process, runs):
+    path = steady_run(max_epoch=5, batch_size_train=1)
+    assert in_process(steady(path, "run.batch_size_train=4"), "one")[0] == 0
+    assert in_process(steady(path, "run.accum_grad_iters=4"), "accumulated")[0] == 0
+    codes, output = ranks(in_process, steady(path, "run.accum_grad_iters=2"), "both")
+    assert codes == [0, 0], output
+    for folder in ("accumulated", "both"):
+        assert_same_training(path, runs("one")[0], runs(folder)[0])
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(write_run, in_process, runs):

@@ -58,15 +58,8 @@ def test_both_agree_but_for_what_is_documented():
 @needs_java
 def test_line_breaks_and_empty_captions_do_not_shift_the_others():
     """pycocoevalcap's class gives each caption behind a carriage return that of another."""
-    assert tokenise(["", "a\rb", "c\nd", "...", "e\u2028f", "last", ""]).captions == [
-        "",
-        "a b",
-        "c d",
-        "",
-        "e f",
-        "last",
-        "",
-    ]
+    got = tokenise(["", "a\rb", "c\nd", "...", "e\u2028f", "last", ""])
+    assert got.captions == ["", "a b", "c d", "", "e f", "last", ""] and got.tokeniser == "ptb"
 
 
 @pytest.mark.parametrize(

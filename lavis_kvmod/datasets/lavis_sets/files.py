@@ -47,9 +47,11 @@ class AnnotationFile:
         if self.is_here or self.optional:
             return None
         key = f"build_info.annotations.{self.split}.storage"
-        problem = WeightFile(self.split, self.url or str(self.path), key).problem()
-        if problem:
-            return f"{problem} (looked for {self.path})" if self.url else problem
+        if WeightFile(self.split, self.url or str(self.path), key).problem():
+            source = (
+                f", and {self.url} cannot be had; get it elsewhere and put it there," if self.url else "; put it there,"
+            )
+            return f"{self.split}: no file {self.path}{source} or set {key} to yours"
         folder = next(folder for folder in self.path.parents if folder.exists())
         if not os.access(folder, os.W_OK):
             return f"{self.split}: {self.url} would be put at {self.path}, but {folder} cannot be written to; {_MOVE}"

@@ -1,14 +1,15 @@
 """LAVIS's sets of questions."""
 
+import logging
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from lavis_kvmod.datasets.annotated import Annotation
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.builder import Splits
 from lavis_kvmod.datasets.lavis_sets.base import COCO_IMAGES, VG_IMAGES, LavisFilesBuilder, read_rows
 from lavis_kvmod.datasets.lavis_sets.files import annotation_files
-from lavis_kvmod.datasets.official import entries, read_answer_list, read_json
+from lavis_kvmod.datasets.official import answer_text, answers_of, entries, read_answer_list, read_json
 from lavis_kvmod.datasets.vqa_benchmark import BenchmarkVQABuilder, BenchmarkVQAEvalData
 
 __all__ = ["AOKVQA", "COCOVQA", "GQA", "OKVQA", "VGVQA"]
@@ -20,6 +21,22 @@ class LavisVQABuilder(LavisFilesBuilder, BenchmarkVQABuilder):
 
     optional_files = (1, 2)  # the official questions say nothing that the rows do not
     images_from = COCO_IMAGES
+
+    def annotations(self) -> Splits:
+        """The rows of each split; questions that are both trained on and evaluated are logged."""
+        splits = super().annotations()
+        trained_on = {_question(row) for row in splits.get("train", ())}
+        for split, rows in splits.items():
+            leaked = 0 if split == "train" else sum(_question(row) in trained_on for row in rows)
+            if leaked:
+                logging.warning(
+                    "%d of %d questions of %s are trained on as well: its accuracy says nothing; LAVIS's coco_vqa is "
+                    "like that by default: use vqav2, or set build_info.annotations.train.storage",
+                    leaked,
+                    len(rows),
+                    split,
+                )
+        return splits
 
     def read(self, split: str, paths: List[Path]) -> List[Annotation]:
         """Rows with their answers as a list."""
@@ -52,17 +69,21 @@ class LavisVQABuilder(LavisFilesBuilder, BenchmarkVQABuilder):
         return super().answer_list(splits)
 
 
+def _question(row: Annotation) -> Tuple[Any, Any]:
+    return row.get("image"), row.get("question")
+
+
 def _with_official(rows: List[Annotation], path: Path) -> List[Annotation]:
     """Rows with the answers and types of a file in VQA's official layout."""
-    official = {str(entry.get("question_id")): entry for entry in entries(path, "annotations")}
-    lost = [row["question_id"] for row in rows if str(row.get("question_id")) not in official]
+    official = {str(entry.get("question_id")): entry for entry in entries(path, "annotations", answer_text)}
+    lost = [row.get("question_id") for row in rows if str(row.get("question_id")) not in official]
     if lost:
         raise BadDataError(f"{path}: no annotation for {len(lost)} of {len(rows)} questions, such as {lost[0]}")
     joined = []
     for row in rows:
         entry = official[str(row["question_id"])]
-        found = {key: entry[key] for key in ("image_id", "question_type", "answer_type") if entry.get(key) is not None}
-        joined.append({**row, **found, "answer": [str(answer["answer"]) for answer in entry["answers"]]})
+        image_id = {"image_id": entry["image_id"]} if "image_id" in entry else {}
+        joined.append({**row, **image_id, **answers_of(entry, path)})
     return joined
 
 
@@ -114,7 +135,7 @@ class GQA(LavisVQABuilder):
     eval_dataset_cls = GQAEvalData
     benchmark = "gqa"
     optional_files = (1,)
-    images_from = "get https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip"
+    images_from = "get https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip, unpack it there"
 
     def rows(self, path: Path) -> List[Annotation]:
         """LAVIS's rows, or the official ones in the same form, with their structural type."""

@@ -78,12 +78,11 @@ class _ShardBuilder(BaseDatasetBuilder):
             except BadDataError as error:
                 problems += [f"{key}: {problem}" for problem in error.problems]
                 continue
-            damaged = [damage for shard in splits[split] for damage in [damage_of(shard)] if damage]
-            if policy.skips:
-                for damage in damaged:
-                    logging.warning("%s; what is left of it is used", damage)
-            else:
-                problems += damaged
+            for damage in filter(None, map(damage_of, splits[split])):
+                if policy.skips and damage.is_cut_short:
+                    logging.warning("%s; what is left of it is used", damage.text)
+                else:
+                    problems.append(damage.text)
             unknown = [shard.path.parent for shard in splits[split] if shard.contents is None]
             if split == "train" and unknown and self.config.get("epoch_size") is None:
                 problems.append(
@@ -119,6 +118,7 @@ class _ShardBuilder(BaseDatasetBuilder):
                 epoch_size=self.config.get("epoch_size") if for_training else None,
                 shuffle_buffer=self.config.get("shuffle_buffer", SHUFFLE_BUFFER),
                 answer_list=self.answer_list(shards),
+                split=split,
             )
         return datasets
 

@@ -46,6 +46,7 @@ class ShardDataset(AnnotatedDataset):
         epoch_size: samples in an epoch of training, of all ranks; all there are, if None.
         shuffle_buffer: samples that are shuffled among each other in training, in each worker.
         answer_list: the answers to choose from, for tasks that rank them.
+        split: its name, for messages.
 
     Raises:
         ValueError: for shards of unknown lengths without ``epoch_size``, or without a single sample.
@@ -64,8 +65,10 @@ class ShardDataset(AnnotatedDataset):
         epoch_size: Optional[int] = None,
         shuffle_buffer: int = SHUFFLE_BUFFER,
         answer_list: Optional[Sequence[str]] = None,
+        split: str = "shards",
     ):
         super().__init__(vis_processor, text_processor, [], policy=policy, answer_list=answer_list)
+        self.split = split
         self.shards = list(shards)
         self.shuffle_buffer = shuffle_buffer
         contents = [shard.contents for shard in self.shards]
@@ -137,16 +140,16 @@ class ShardDataset(AnnotatedDataset):
         return loader
 
     def _log(self, plan: RankPlan, streams: int) -> None:
-        total = "unknown number" if self.num_rows is None else str(self.num_rows)
+        total = "samples not counted" if self.num_rows is None else f"{self.num_rows} samples"
         logging.info(
-            "%d shards with %s samples; an epoch has %d of them, in %d batches of %d on each of %d ranks",
-            *(len(self.shards), total, len(self), plan.num_batches, plan.batch_size, plan.world_size),
+            "%s: %d shards, %s; an epoch has %d, in %d batches of %d on each of %d ranks",
+            *(self.split, len(self.shards), total, len(self), plan.num_batches, plan.batch_size, plan.world_size),
         )
-        if streams > len(self.shards):
+        if self.for_training and streams > len(self.shards):
             logging.info(
-                "%d readers (ranks times workers) for %d shards: several read the same shard; more and smaller shards "
-                "(lavis-kvmod pack --max-count) are read faster",
-                *(streams, len(self.shards)),
+                "%s: %d readers (ranks times workers) for %d shards, so several read the same shard; more and smaller "
+                "shards (lavis-kvmod pack --max-count) are read faster",
+                *(self.split, streams, len(self.shards)),
             )
 
     def sample_of(self, rows: Iterable[Row], *, seed: int, epoch: int) -> Sample:

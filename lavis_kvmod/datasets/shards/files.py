@@ -20,6 +20,7 @@ from lavis_kvmod.datasets.shards.rows import Kind, ends_as_a_tar
 __all__ = [
     "ANSWERS",
     "Contents",
+    "Damage",
     "INDEX",
     "Shard",
     "damage_of",
@@ -158,17 +159,26 @@ def _index_problems(folder: Path, index: Dict[str, Any], kind: Optional[Kind], g
     return []
 
 
-def damage_of(shard: Shard) -> Optional[str]:
+class Damage(NamedTuple):
+    """Why a shard is not whole; whether what is left of it is what was there before."""
+
+    text: str
+    is_cut_short: bool
+
+
+def damage_of(shard: Shard) -> Optional[Damage]:
     """Why a shard cannot be whole, told by its size and its end alone; None if it may be."""
     size = shard.path.stat().st_size
     if shard.contents is not None:
-        if size == shard.contents.bytes:
+        expected = shard.contents.bytes
+        if size == expected:
             return None
-        verb = "cut short" if size < shard.contents.bytes else "changed"
-        return f"{shard.path}: {verb}: expected {shard.contents.bytes} bytes ({INDEX} beside it), got {size}"
+        is_cut_short = size < expected
+        what = "cut short" if is_cut_short else "changed"
+        return Damage(f"{shard.path}: {what}: expected {expected} bytes ({INDEX} beside it), got {size}", is_cut_short)
     if ends_as_a_tar(shard.path):
         return None
-    return f"{shard.path}: cut short: its {size} bytes do not end as a tar does"
+    return Damage(f"{shard.path}: cut short: its {size} bytes do not end as a tar does", True)
 
 
 def read_answers(folder: Path) -> List[str]:

@@ -51,8 +51,8 @@ class RowReader:
             BadDataError: if it is cut short and this is not to be skipped, or no longer the file that was indexed.
         """
         damage = damage_of(shard) if shard.path.exists() else None  # the reader tells what is missing
-        if damage and not (self.skips and "cut short" in damage):
-            raise BadDataError(damage)
+        if damage and not (self.skips and damage.is_cut_short):
+            raise BadDataError(damage.text)
         samples = rows_by_sample(shard.path, self.kind, per_image=self.per_image, needs_target=self.needs_target)
         with closing(samples):
             yield from _as_many(self.num_rows(shard), (row for _, rows in samples for row in rows), shard.path)
@@ -93,7 +93,8 @@ class IndexedRows:
     epoch_size: int
 
     def read(self, wanted: Iterable[int], *, epoch: int, share: WorkerShare, stream: int) -> Iterator[Row]:
-        """The rows at these positions, counted from the worker's first; they must ascend."""
+        """The rows at these positions, counted from the worker's first; they must ascend. (Here they tell all, and the
+        worker's number, ``stream``, tells nothing more.)"""
         positions = Positions([self.reader.num_rows(shard) for shard in self.shards], self.seed)
         start = epoch * self.epoch_size + share.start
         places = (positions.place(start + position) for position in wanted)
@@ -194,11 +195,14 @@ class BatchStream(IterableDataset):
         order = shuffled_range(share.num_samples, self.buffer, self.seed, "buffer", self.epoch, stream)
         skipped = self.plan.batches_before(worker, self.start_batch)
         coming = _Coming(_in_order(read, order[sum(share.batch_sizes[:skipped]) :]), partial(_in_order, read, order))
-        for size in share.batch_sizes[skipped:]:
-            yield self._batch(coming, size)
-        if share.padding and skipped <= len(share.batch_sizes):
-            coming = _Coming(iter(()), partial(_in_order, read, [0]))
-            yield {**self._batch(coming, 1), PADDING: True}
+        try:
+            for size in share.batch_sizes[skipped:]:
+                yield self._batch(coming, size)
+            if share.padding and skipped <= len(share.batch_sizes):
+                coming = _Coming(iter(()), partial(_in_order, read, [0]))
+                yield {**self._batch(coming, 1), PADDING: True}
+        except (BadDataError, FileNotFoundError) as error:  # what is wrong with the data, not with the program
+            yield _Failure(error)
 
     def _batch(self, coming: "_Coming", size: int) -> Dict[str, Any]:
         samples = []
@@ -280,11 +284,43 @@ class ShardLoader:
         self._stream = replace(self._stream, epoch=epoch, start_batch=start_batch)
 
     def __iter__(self) -> Iterator[Dict[str, Any]]:
+        """Start reading.
+
+        Raises (while iterating):
+            BadDataError, FileNotFoundError: as the worker process raised them.
+        """
         # A DataLoader draws a seed for its workers: not from the run's own randomness.
         generator = torch.Generator().manual_seed(stable_hash(self._stream.seed, "workers", self._stream.epoch))
-        return iter(
-            DataLoader(self._stream, batch_size=None, collate_fn=_as_it_is, generator=generator, **self._options)
-        )
+        loader = DataLoader(self._stream, batch_size=None, collate_fn=_as_it_is, generator=generator, **self._options)
+        return _Batches(iter(loader))
+
+    def first_sample(self) -> Dict[str, Any]:
+        """A batch of one sample, on a rank that may have none of its own."""
+        plan = RankPlan(1, 1, rank=0, world_size=1, num_workers=1, even=True)
+        return next(iter(_Batches(iter(replace(self._stream, plan=plan, start_batch=0)))))
+
+
+class _Failure:
+    """In place of a batch: why there is none. PyTorch would wrap the error in the traceback of the worker process."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+
+class _Batches:
+    """Batches until one is a `_Failure`."""
+
+    def __init__(self, batches: Iterator):
+        self._batches = batches
+
+    def __iter__(self) -> "_Batches":
+        return self
+
+    def __next__(self) -> Dict[str, Any]:
+        batch = next(self._batches)
+        if isinstance(batch, _Failure):
+            raise batch.error
+        return batch
 
 
 def _as_it_is(batch):

@@ -3,10 +3,12 @@
 import collections
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
-from lavis.processors.blip_processors import BlipImageTrainProcessor, BlipQuestionProcessor
+from lavis.processors.blip_processors import BlipImageEvalProcessor, BlipImageTrainProcessor, BlipQuestionProcessor
 
 from lavis_kvmod.datasets.bad_samples import BadSamplePolicy
 from lavis_kvmod.datasets.shards import datasets, stream
@@ -180,7 +182,9 @@ def test_what_is_skipped_is_not_decoded_and_its_shards_are_not_opened(indexed, m
     loader.set_epoch(0, len(loader) - 1)
     (last,) = loader
     assert len(decoded) == len(last["answer"]) == 4
-    assert len(opened) < len(SIZES)
+    shard_of = [shard for shard, size in enumerate(SIZES) for _ in range(size)]
+    needed = {shard_of[int(answer[1:].split("-")[0])] for answer in last["answer"]}
+    assert len(needed) < len(SIZES) and sorted(path.name for path in opened) == sorted(f"{n:03d}.tar" for n in needed)
 
 
 def test_epochs_shorter_than_the_data_go_through_all_of_it(indexed):
@@ -247,6 +251,18 @@ def test_an_evaluation_batch_has_what_tasks_want(indexed):
     assert annotation["source"].endswith("000.tar, p00001")
 
 
+def test_equal_image_keys_mean_equal_pixels(write_shard, picture, tmp_path):
+    """Also where shards of different makers call their images alike."""
+    rows = [{"image": "0.png", "question": "q?", "answer": ["a"]}] * 2
+    for n in range(2):
+        write_shard(tmp_path / f"{n}" / "a.tar", [{"__key__": f"k{n}", "png": picture(n), "json": rows}])
+    write_indices([str(tmp_path / "*" / "a.tar")])
+    shards = find_shards([str(tmp_path / "*" / "a.tar")])
+    (batch,) = WdsVQAEvalData(BlipImageEvalProcessor(16), BlipQuestionProcessor(), shards).make_loader(batch_size=9)
+    first, again, second, _ = batch["image_key"]
+    assert first == again != second and not torch.equal(batch["image"][0], batch["image"][2])
+
+
 def test_a_training_batch_is_lavis_vqa_batch(indexed):
     batch = next(iter(train_data(indexed).make_loader(batch_size=3)))
     assert set(batch) == {"image", "text_input", "answer", "weight", "n_answers"}
@@ -278,5 +294,52 @@ def test_a_shard_deleted_while_training_is_named(vqa_shards):
     loader = train_data(folder, policy=BadSamplePolicy("skip")).make_loader(batch_size=2, num_workers=2)
     list(loader)
     (folder / "001.tar").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no shard .*001.tar; it has been moved or deleted since"):
-        list(loader)
+    with pytest.raises(FileNotFoundError, match=r"^no shard .*001.tar; it has been moved or deleted since"):
+        list(loader)  # without the worker's traceback
+
+
+def test_a_rank_without_samples_can_have_one(vqa_shards):
+    """Ranks that must keep in step in an evaluation."""
+    folder = vqa_shards([1])
+    write_indices([str(folder)])
+    loader = eval_data(folder).make_loader(batch_size=2, num_workers=2, rank=0, world_size=2)
+    assert len(loader) == 0 and list(loader) == []
+    assert loader.first_sample()["instance_id"] == ["p00000"]
+
+
+RANK_SCRIPT = """
+import collections, sys
+import torch.distributed as dist
+from lavis.processors.blip_processors import BlipImageTrainProcessor, BlipQuestionProcessor
+from lavis_kvmod.datasets.shards.datasets import WdsVQAEvalData, WdsVQATrainData
+from lavis_kvmod.datasets.shards.files import find_shards
+
+dist.init_process_group("gloo")
+where = dict(rank=dist.get_rank(), world_size=dist.get_world_size())
+shards = find_shards([sys.argv[1]])
+for cls in (WdsVQATrainData, WdsVQAEvalData):
+    data = cls(BlipImageTrainProcessor(16), BlipQuestionProcessor(), shards)
+    loader = data.make_loader(batch_size=5, num_workers=2, **where)
+    seen = []
+    for number, batch in enumerate(loader):
+        if data.for_training:
+            dist.barrier()  # would wait for ever if a rank had fewer
+        seen += [] if "is_padding" in batch else batch["answer"]
+    both = [None, None]
+    dist.all_gather_object(both, seen)
+    assert both[0] and both[1]
+    assert collections.Counter(both[0] + both[1]) == collections.Counter(
+        f"a{n}-{q}" for n in range(int(sys.argv[2])) for q in range(2)
+    )
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_real_processes_share_the_data(indexed, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK_SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    arguments = [str(indexed), str(sum(SIZES))]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]

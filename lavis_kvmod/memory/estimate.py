@@ -1,0 +1,272 @@
+"""How much memory a model takes on a device, computed without the device, and without the model's weights.
+
+The real model runs its real forward on fake tensors (shapes and dtypes, no memory), under PyTorch's own autocast rules
+for the device, and a `Ledger` writes down what would be allocated. Without a GPU PyTorch runs the forward pass for one,
+but not the backward pass. That therefore runs as on a CPU, whose autocast differs in that norms and softmaxes stay in
+half precision, and only what it needs *beyond* what the forward pass kept is taken from there.
+
+Not in it: the CUDA context, workspaces of cuBLAS and cuDNN, and the allocator's fragmentation.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from lavis_kvmod.memory.fake import autocast, fake_device
+from lavis_kvmod.memory.ledger import Ledger
+from lavis_kvmod.models.blip2_opt_kvmod import Blip2OPTKVMod
+from lavis_kvmod.models.soft_prompt import full_mask, token_losses
+from lavis_kvmod.models.text import TextBatch
+from lavis_kvmod.precision import amp_dtype
+
+ADAMW_STATES = 2  # two running means a trained parameter
+BATCH = "batch and loss"
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the device at the moment when most are needed.
+
+    Attributes:
+        weights: by part, as stored on the device (trained parts in float32).
+        gradients: float32, one for each trained parameter; for the whole step, as gradient accumulation has it.
+        optimizer: AdamW's two float32 numbers for each trained parameter.
+        activations: what the forward pass keeps for the backward pass, by part, with the batch itself.
+        kv_cache: Keys and Values of all layers at the last generated token (inference).
+        workspace: what comes and goes, at its most: in training what the backward pass needs beyond the above (the
+            layer that is computed again, with gradient checkpointing), in inference everything but the cache.
+    """
+
+    weights: Dict[str, int]
+    gradients: int = 0
+    optimizer: int = 0
+    activations: Dict[str, int] = field(default_factory=dict)
+    kv_cache: int = 0
+    workspace: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it together."""
+        kept = sum(self.weights.values()) + sum(self.activations.values())
+        return kept + self.gradients + self.optimizer + self.kv_cache + self.workspace
+
+
+def estimate(
+    model_cfg: Mapping[str, Any],
+    *,
+    batch_size: int,
+    text_length: int,
+    target_length: Optional[int] = None,
+    train: bool = True,
+    amp: Any = False,
+    num_beams: int = 1,
+    new_tokens: int = 30,
+    answers: int = 1,
+    optimizer: bool = False,
+    shards: int = 1,
+    device: str = "cuda",
+) -> MemoryEstimate:
+    """Peak memory of one training step, or of generating for one batch.
+
+    Args:
+        model_cfg: a ``model:`` section; no file it names is looked for, but for a language model's ``config.json``.
+        batch_size: images at once.
+        text_length: tokens in the language model beside the soft prompt: in training question and answer, or the
+            caption; in inference the prompt.
+        target_length: how many of them have a loss (training); all by default.
+        train: a training step with AdamW; False generates.
+        amp: ``run.amp``, as `lavis_kvmod.precision` takes it.
+        num_beams, new_tokens: of generation.
+        answers: rows in the language model for each image: 1, or the answers of a question with ``answer_loss: all``.
+        optimizer: count AdamW's states in inference too, as when a training run evaluates.
+        shards: GPUs over which ``run.fsdp`` spreads the language model's layers.
+        device: ``cuda`` or ``cpu``.
+
+    Raises:
+        SettingsError: for faults of the section.
+        MissingWeightsError: if the language model's size is not known.
+        ValueError: for sizes below 1, or texts longer than the language model has positions for.
+    """
+    target_length = text_length if target_length is None else target_length
+    sizes = dict(batch_size=batch_size, text_length=text_length, target_length=target_length, num_beams=num_beams)
+    for name, size in {**sizes, "new_tokens": new_tokens, "answers": answers, "shards": shards}.items():
+        if size < 1:
+            raise ValueError(f"{name}: expected a whole number above 0, got {size}")
+    device = torch.device(device).type
+    model = _on_device(Blip2OPTKVMod.without_weights(model_cfg), device)
+    _check_length(model, text_length + (0 if train else new_tokens))
+    dtype = _compute_dtype(model, amp, device)
+
+    trained = _bytes(p for p in model.parameters() if p.requires_grad)
+    states = ADAMW_STATES * trained if train or optimizer else 0
+    weights, gathered = _weights(model, shards)
+    if not train:
+        search = dict(batch_size=batch_size, text_length=text_length, num_beams=num_beams, new_tokens=new_tokens)
+        peak, cache = _generate(model, device, dtype, **search)
+        return MemoryEstimate(weights, optimizer=states, kv_cache=cache, workspace=peak - cache + gathered)
+    step = dict(batch_size=batch_size, text_length=text_length, target_length=target_length, answers=answers)
+    kept, forward_peak = _train_step(model, device, dtype, **step)
+    on_cpu, backward_peak = _train_step(model, "cpu", dtype, backward=True, **step)
+    backward = backward_peak - sum(on_cpu.values())
+    # AdamW's own temporaries, at a moment when the activations are gone: one copy of the trained parameters.
+    update = trained - sum(kept.values())
+    workspace = max(forward_peak - sum(kept.values()), backward, update, 0) + gathered
+    return MemoryEstimate(weights, gradients=trained, optimizer=states, activations=kept, workspace=workspace)
+
+
+# ------------------------------------------------------------ the model, without memory
+
+
+def _on_device(model: Blip2OPTKVMod, device: str) -> Blip2OPTKVMod:
+    """Dtypes as on the device: `Blip2OPTKVMod.float` for the CPU, trained parameters in float32 on a GPU."""
+    if device == "cpu":
+        return model.float()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _weights(model: Blip2OPTKVMod, shards: int) -> Tuple[Dict[str, int], int]:
+    """Bytes of the weights by part; and, where the language model is sharded, of the whole layers that a GPU holds
+    beside its share: the one that runs and the next, which is fetched meanwhile (`lavis_kvmod.sharding`)."""
+    weights = {row.part: row.bytes for row in model.parts()}
+    weights["buffers"] = _bytes(model.buffers())
+    if shards == 1:
+        return weights, 0
+    layers = [_bytes(layer.parameters()) for layer in model.opt_model.model.decoder.layers]
+    weights["opt_model"] -= sum(layers) - -(-sum(layers) // shards)
+    return weights, 2 * max(layers)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _check_length(model: Blip2OPTKVMod, text_length: int) -> None:
+    positions = model.opt_model.config.max_position_embeddings
+    needed = model.query_tokens.shape[1] + text_length
+    if needed > positions:
+        raise ValueError(
+            f"expected at most {positions} positions, as the language model has, got {needed}: "
+            f"{needed - text_length} of the soft prompt and {text_length} of text"
+        )
+
+
+def _compute_dtype(model: Blip2OPTKVMod, amp, device: str) -> Optional[torch.dtype]:
+    """The autocast dtype of run and model together, or None: see ``Blip2OPTKVMod.maybe_autocast``."""
+    of_run = amp_dtype(amp, device)
+    if of_run is not None:
+        return of_run
+    if model.opt_model.dtype is torch.bfloat16:
+        return torch.bfloat16
+    return torch.float16 if device == "cuda" else None
+
+
+# ------------------------------------------------------------ running it
+
+
+def _train_step(
+    model, device: str, dtype, *, batch_size: int, text_length: int, target_length: int, answers: int, backward=False
+) -> Tuple[Dict[str, int], int]:
+    """What the forward pass keeps, by part; and the most that was held at once, parameters and gradients aside, in
+    the whole step with ``backward``, else in the forward pass."""
+    rows = batch_size * answers
+    # On the CPU autocast takes only one kind of half precision.
+    half = dtype if device == "cpu" else None
+    with fake_device(model.train(), device, num_labels=rows * target_length, half=half):
+        with _booked(model, device) as ledger, autocast(device, dtype):
+            with ledger.of(BATCH):
+                image = torch.empty(batch_size, 3, model.image_size, model.image_size, device=device)
+            soft_prompt = model.encode({"image": image}).soft_prompt
+            if answers > 1:
+                soft_prompt = soft_prompt.repeat_interleave(answers, dim=0)
+            with model.maybe_autocast(), ledger.of(BATCH):
+                text = _text(rows, text_length, device)
+                _, losses = token_losses(model.opt_model, soft_prompt, text)
+                loss = losses.mean()
+            del soft_prompt, text, losses
+        kept = ledger.live()
+        gradients = set()
+        if backward:
+            with ledger:
+                loss.backward()
+            gradients = {ledger.number(p.grad) for p in model.parameters() if p.grad is not None}
+        return kept, ledger.peak(besides=gradients)
+
+
+def _generate(
+    model, device: str, dtype, *, batch_size: int, text_length: int, num_beams: int, new_tokens: int
+) -> Tuple[int, int]:
+    """The most that is held at once by the encoders, the prompt's pass or the last token's; and the cache's bytes."""
+    rows = batch_size * num_beams
+    with fake_device(model.eval(), device), torch.no_grad():
+        with _booked(model, device) as ledger, autocast(device, dtype):
+            image = torch.empty(batch_size, 3, model.image_size, model.image_size, device=device)
+            soft_prompt = model.encode({"image": image}).soft_prompt.repeat_interleave(num_beams, dim=0)
+            with model.maybe_autocast():
+                opt, text = model.opt_model, _text(rows, text_length, device)
+                embeds = soft_prompt.to(opt.get_input_embeddings().weight.dtype)
+                said = opt(
+                    input_ids=text.input_ids,
+                    attention_mask=full_mask(embeds, text),
+                    query_embeds=embeds,
+                    use_cache=True,
+                )
+                # The Keys and Values of the last token are never asked for, so the cache is one shorter.
+                cache = [[_lengthened(state, new_tokens - 2) for state in layer] for layer in said.past_key_values]
+                del said
+                if new_tokens > 1:  # the new cache is written while the old one is there: a cache twice …
+                    mask = torch.ones(rows, cache[0][0].shape[2] + 1, dtype=torch.long, device=device)
+                    ids = text.input_ids[:, :1]
+                    last = opt(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+                    cache_before, cache = cache, last.past_key_values
+                    if num_beams > 1:  # … and a third time, when the beams that go on are picked
+                        cache_picked = opt._reorder_cache(cache, torch.zeros(rows, dtype=torch.long, device=device))
+                        del cache_picked
+                    del cache_before
+        size = _bytes(state for layer in cache for state in layer)
+        return ledger.peak(), size
+
+
+def _lengthened(state: Tensor, more: int) -> Tensor:
+    """Keys or Values (b, h, n, d) -> (b, h, n + more, d)."""
+    b, h, n, d = state.shape
+    return state.new_empty(b, h, n + max(more, 0), d)
+
+
+def _text(rows: int, length: int, device: str) -> TextBatch:
+    ids = torch.zeros(rows, length, dtype=torch.long, device=device)
+    return TextBatch(ids, torch.ones_like(ids), torch.zeros_like(ids))
+
+
+@contextmanager
+def _booked(model: Blip2OPTKVMod, device: str):
+    """A running ledger in which each part books under its own name."""
+    ledger = Ledger(device)
+    ledger.ignore([*model.parameters(), *model.buffers()])
+    parts = {row.part: getattr(model, row.part) for row in model.parts()}
+    parts["opt_model"] = model.opt_model.model.decoder  # what `token_losses` calls
+    handles = []
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            handles.append(part.register_forward_pre_hook(partial(_enter, ledger, name)))
+            handles.append(part.register_forward_hook(partial(_leave, ledger)))
+    try:
+        with ledger:
+            yield ledger
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _enter(ledger: Ledger, name: str, module, args) -> None:
+    ledger.enter(name)
+
+
+def _leave(ledger: Ledger, module, args, output) -> None:
+    ledger.leave()

@@ -1,0 +1,91 @@
+"""Running a model on a GPU that is not there: fake tensors, and what they need here."""
+
+import warnings
+from contextlib import contextmanager, nullcontext
+from typing import Any, Dict, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def fake_device(model: nn.Module, device: str, num_labels: int = 0, half: Optional[torch.dtype] = None):
+    """Inside, ``model`` lies on ``device`` and new tensors have shape and dtype but no memory.
+
+    Args:
+        model: may be on the ``meta`` device; its parameters and buffers are replaced by fake ones, for good.
+        device: ``cuda`` or ``cpu``, there or not. On the former the forward pass runs, not the backward one.
+        num_labels: what ``nonzero`` finds: the one number in a step that hangs on the data.
+        half: makes parameters that are stored in another half precision this one.
+    """
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _Nonzero(num_labels):
+        warnings.simplefilter("ignore")
+        _replace_by_fakes(model, device, half)
+        with _FlashAttention() if device == "cuda" else nullcontext():
+            yield
+
+
+def _replace_by_fakes(model: nn.Module, device: str, half: Optional[torch.dtype]) -> None:
+    made: Dict[int, Any] = {}  # by the old one's id, so that what was shared still is
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    dtype = half if half is not None and old.dtype in _HALF else old.dtype
+                    new = torch.empty(old.shape, dtype=dtype, device=device)
+                    if isinstance(old, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=old.requires_grad)
+                    made[id(old)] = (new, old)  # `old` too: once freed, its id may be given out again
+                tensors[name] = made[id(old)][0]
+
+
+class _Nonzero(TorchDispatchMode):
+    """Tells how many elements are not zero, which fake tensors do not know."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self._count = count
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_empty((self._count, args[0].ndim), dtype=torch.long)
+        return func(*args, **(kwargs or {}))
+
+
+class _FlashAttention(TorchFunctionMode):
+    """The kernel that a GPU takes for ``scaled_dot_product_attention`` without a mask, which keeps no attention map;
+    where there is no GPU, PyTorch would take the one that does."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            query, key, value, mask, dropout = args
+            if mask is None:
+                return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout)[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def autocast(device: str, dtype: Optional[torch.dtype]):
+    """``torch.autocast`` for a device that may not be there (the other then turns itself off); None for none."""
+    if dtype is None:
+        yield
+        return
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, dtype)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])

@@ -1,0 +1,183 @@
+"""The part of `RunnerKVMod` that trains an epoch, or what is left of one."""
+
+import logging
+import math
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from lavis.common.dist_utils import is_main_process
+from lavis.datasets.data_utils import prepare_sample
+
+from lavis_kvmod.datasets.bad_samples import BadSampleCounter
+from lavis_kvmod.distributed import barrier, gather
+from lavis_kvmod.progress import Progress
+from lavis_kvmod.runners.loaders import PADDING
+from lavis_kvmod.runners.pace import Pace
+from lavis_kvmod.runners.signals import Stopped
+from lavis_kvmod.runners.training_state import get_rng_state, set_rng_state
+
+__all__ = ["TrainsEpochs"]
+
+MAX_BAD_STEPS = 3
+
+
+class TrainsEpochs:
+    """Mix-in: reads the runner's `state`, `train_loader`, `gradient_step` and `schedule`; moves `state` on."""
+
+    def train_epoch(self, epoch: int) -> Dict[str, Any]:
+        """Train what is left of an epoch; returns its facts for log.txt.
+
+        Gradients are accumulated over ``accum_grad_iters`` batches, averaged, and what is left at the epoch's end is
+        not lost (LAVIS sums them and lets leftovers run into the next epoch, base_task.py:215).
+
+        Raises:
+            FloatingPointError: see `train`, naming the batch.
+            BadDataError: if the share of samples that cannot be read is above the data set's ``max_bad_share``.
+            Stopped: see `train`.
+        """
+        state, model, loader = self.state, self.model, self.train_loader
+        if state.epoch != epoch:
+            state.start_epoch(epoch)
+        model.train()
+        loader.set_epoch(epoch, state.batch)
+        total = len(loader)
+        self._bad_samples = self._count_bad_samples()
+        progress = Progress(loader, f"epoch {epoch}", self.log_freq, start=state.batch, total=total)
+        pace = Pace(total * self.max_epoch, done=self._batches_done(), samples=state.samples)
+        samples = None
+        for i, samples in enumerate(progress, start=state.batch):
+            pace.got_data()
+            samples = prepare_sample(samples, cuda_enabled=self.cuda_enabled)
+            samples.update(epoch=epoch, num_iters_per_epoch=total, iters=i)
+            is_last, stop = self._train_batch(samples, i, total)
+            state.batch = i + 1
+            pace.done_batch()
+            rate = self.optimizer.param_groups[0]["lr"]
+            progress.status(f"loss {state.mean_loss():.4f} lr {rate:.2e}")
+            if (i + 1) % self.log_freq == 0 or i + 1 == total:
+                facts = {
+                    "epoch": epoch,
+                    "batch": i + 1,
+                    "loss": round(state.mean_loss(), 4),
+                    "lr": rate,
+                    **pace.facts(state.samples, self.device),
+                }
+                self.log.timing(facts, self._batches_done())
+            if is_last and state.batch < total:  # at the end of the epoch there is more to save
+                self._save_in_between(epoch, stop)
+        if state.batch != total:
+            raise RuntimeError(f"the loader of the training data promised {total} batches and gave {state.batch}")
+        return self._epoch_facts(epoch, samples)
+
+    def _train_batch(self, samples: Dict[str, Any], i: int, total: int) -> Tuple[bool, bool]:
+        """Whether a step was due, and whether some rank was asked to stop."""
+        state, accumulate = self.state, self.accum_grad_iters
+        group_start = i - i % accumulate
+        group_size = min(accumulate, total - group_start)
+        is_last = i + 1 == group_start + group_size
+        self.schedule.set(epoch=state.epoch, step=i // accumulate, steps_per_epoch=-(-total // accumulate))
+        bad_samples = samples.pop("bad_samples", [])
+        size = 0 if samples.get(PADDING) else _num_samples(samples)
+        num_samples, num_bad, stop = self.gradient_step.add(
+            samples,
+            num_batches=group_size,
+            is_last=is_last,
+            counts=[size, len(bad_samples), self.signals.received is not None],
+        )
+        state.samples += int(num_samples)
+        bad_samples = gather(bad_samples) if num_bad else []
+        state.bad_samples = list(dict.fromkeys([*state.bad_samples, *bad_samples]))
+        self._bad_samples.update(int(num_samples), bad_samples)
+        if is_last:
+            self._step(i)
+        if not self.use_distributed:  # nobody to agree with, so what came during the step counts too
+            stop = self.signals.received is not None
+        return is_last, bool(stop)
+
+    def _step(self, i: int) -> None:
+        state = self.state
+        result = self.gradient_step.finish()
+        if result.problem is None:
+            state.steps_counted += 1
+            state.loss_sum += result.loss
+            if math.isfinite(result.grad_norm):  # fp16's scaler finds its scale by overflowing now and then
+                state.norms_counted += 1
+                state.grad_norm_sum += result.grad_norm
+                state.grad_norm_max = max(state.grad_norm_max, result.grad_norm)
+            return
+        state.bad_steps += 1
+        allowed = int(self._run_key("max_bad_steps", MAX_BAD_STEPS))
+        where = f"{result.problem} in epoch {state.epoch}, batch {i}"
+        if state.bad_steps > allowed:
+            raise FloatingPointError(
+                f"{where}; {state.bad_steps} steps of this run were bad, and max_bad_steps is {allowed}. The last "
+                f"checkpoint in {self.output_dir} is intact"
+            )
+        logging.warning("%s: step skipped (%d of at most %d)", where, state.bad_steps, allowed)
+        self.log_stats({"bad_step": result.problem, "epoch": state.epoch, "batch": i}, "train")
+
+    def _count_bad_samples(self) -> BadSampleCounter:
+        """A counter that knows those met before a resume."""
+        dataset = self.datasets["train"]
+        parts = getattr(dataset, "datasets", [dataset])
+        shares = [part.max_bad_share for part in parts if hasattr(part, "max_bad_share")]
+        log = logging.warning if is_main_process() else logging.debug
+        counter = BadSampleCounter(max(shares), log=log) if shares else BadSampleCounter(log=log)
+        counter.update(self.state.samples, self.state.bad_samples)
+        return counter
+
+    def _save_in_between(self, epoch: int, stop: bool) -> None:
+        every = self._run_key("save_every_n_iters", None)
+        done, before = self.state.batch, self.state.batch - self.accum_grad_iters
+        if stop or (every is not None and done // every > before // every):
+            self._save_checkpoint(epoch)
+        if stop:
+            barrier()
+            raise Stopped(next(signum for signum in gather([self.signals.received]) if signum is not None))
+
+    def _epoch_facts(self, epoch: int, samples: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+        state = self.state
+        rates = self.schedule.rates()
+        facts: Dict[str, Any] = {
+            "epoch": epoch,
+            "loss": f"{state.mean_loss():.4f}",
+            "lr": f"{rates.pop('lr'):.3e}",
+            "grad_norm": f"{state.grad_norm_sum / max(state.norms_counted, 1):.4f}",
+            "grad_norm_max": f"{state.grad_norm_max:.4f}",
+        }
+        if rates:
+            facts["lrs"] = {name: f"{rate:.3e}" for name, rate in rates.items()}
+        share = self._prefix_attention_share(samples)
+        if share is not None:
+            facts["prefix_attention_share"] = f"{share:.4f}"
+        num_bad = self._bad_samples.report(epoch)
+        if num_bad:
+            facts["bad_samples"] = num_bad
+        logging.info("train, epoch %d: loss %s", epoch, facts["loss"])
+        return facts
+
+    @torch.no_grad()
+    def _prefix_attention_share(self, samples: Optional[Dict[str, Any]]) -> Optional[float]:
+        """On the epoch's last batch, without touching the run's randomness."""
+        model = self.unwrap_dist_model(self.model)
+        if samples is None or not hasattr(model, "prefix_attention_share"):
+            return None
+        randomness = get_rng_state(self.device)
+        model.eval()
+        with self.autocast():
+            share = model.prefix_attention_share(samples)
+        model.train()
+        set_rng_state(randomness, self.device)
+        return share
+
+    def _batches_done(self) -> int:
+        if "train" not in self.dataloaders:  # in an evaluation
+            return 0
+        return self.state.epoch * len(self.train_loader) + self.state.batch
+
+
+def _num_samples(samples: Dict[str, Any]) -> int:
+    for key in ("image", "text_input", "instance_id"):
+        if key in samples:
+            return len(samples[key])
+    return 1

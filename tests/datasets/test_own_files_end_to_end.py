@@ -1,0 +1,196 @@
+"""From one's own files to a checkpoint and scores, by a user's commands; and docs/data.md, exactly as printed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lavis_kvmod import checkpoints
+from lavis_kvmod.config import ConfigurationError, load_config
+from lavis_kvmod.datasets.bad_samples import BadDataError
+from lavis_kvmod.evaluate import evaluate
+from lavis_kvmod.train import train
+
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+ROWS = [
+    {"image": "astronaut", "question": "Who is it?", "answer": "an astronaut", "question_type": "who"},
+    {"image": "camera", "question": "Who is it?", "answer": "a man", "question_type": "who"},
+    {"image": "chelsea", "question": "What is it?", "answer": "a cat", "question_type": "what"},
+    {"image": "coffee", "question": "What is in the cup?", "answer": "coffee", "question_type": "what"},
+    {"image": "rocket", "question": "What is it?", "answer": "a rocket", "question_type": "what"},
+    {"image": "retina", "question": "What is it?", "answer": "an eye", "question_type": "what"},
+]
+CAPTIONS = [{"image": row["image"], "caption": [f"a photo of {row['answer']}", row["answer"]]} for row in ROWS]
+
+
+@pytest.fixture()
+def run_file(tmp_path, photos, model_config, monkeypatch):
+    """A function: the path of a small run file over `photos` with one data set, and overrides."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, section, **run):
+        processors = {stage: {"name": "blip_image_eval", "image_size": 28} for stage in ("train", "eval")}
+        cfg = {
+            "model": {**model_config(), "model_type": "pretrain_opt2.7b"},
+            "datasets": {
+                name: OmegaConf.merge(
+                    {"build_info": {"images": {"storage": "photos"}}, "vis_processor": processors}, section
+                )
+            },
+            "run": {
+                "task": "kvmod_captioning" if "caption" in name else "kvmod_vqa",
+                "device": "cpu",
+                "max_epoch": 1,
+                "init_lr": 1e-3,
+                "batch_size_train": 3,
+                "batch_size_eval": 4,
+                "num_workers": 0,
+                "num_beams": 1,
+                "max_len": 3,
+                "output_dir": "output",
+                "valid_splits": ["val"],
+                "test_splits": ["test"],
+                **run,
+            },
+        }
+        OmegaConf.save(OmegaConf.create(cfg), tmp_path / "run.yaml")
+        return "run.yaml"
+
+    return write
+
+
+def files(**by_split):
+    return {"build_info": {"annotations": {split: {"storage": str(path)} for split, path in by_split.items()}}}
+
+
+def predictions(tmp_path, split):
+    (path,) = (path for path in tmp_path.glob(f"output/*/result/{split}*.json"))
+    return json.loads(path.read_text())
+
+
+def test_questions_from_a_csv_split_by_image(run_file, write_csv, tmp_path):
+    section = {**files(train=write_csv("qa.csv", ROWS, ";")), "split": {"val": 0.2, "test": 0.2}}
+    logs = train(run_file("custom_vqa", section, num_workers=2))
+    assert 0 <= logs["test"]["agg_metrics"] <= 100
+    (row,) = predictions(tmp_path, "test")
+    assert row["question_id"].startswith("train-")
+    (checkpoint,) = tmp_path.glob("output/*/checkpoint_best.pth")
+    options = ["model.load_finetuned=true", f"model.finetuned={checkpoint}"]
+    assert evaluate("run.yaml", options)["test"]["agg_metrics"] == logs["test"]["agg_metrics"]
+
+
+def cut_two(photos):
+    for name in ("chelsea.png", "more/coffee.png"):
+        (photos / name).write_bytes((photos / name).read_bytes()[:3000])
+
+
+def test_photographs_that_cannot_be_read_cost_no_run_and_are_counted(run_file, write_csv, tmp_path, photos):
+    cut_two(photos)
+    path = write_csv("qa.csv", ROWS)
+    section = {**files(train=path, val=path, test=path), "on_bad_sample": "skip", "max_bad_share": 0.5}
+    train(run_file("custom_vqa", section))
+    (log,) = tmp_path.glob("output/*/log.txt")
+    assert '"train_bad_samples": 2' in log.read_text()
+    answered = [row["question_id"] for row in predictions(tmp_path, "test")]
+    assert sorted(answered) == ["test-1", "test-2", "test-5", "test-6"]  # each good row once, the bad ones never
+
+
+@pytest.mark.parametrize(
+    "policy, message",
+    [
+        ({}, r"qa.csv, row [45]: .*(chelsea|coffee).png: not readable: .*set on_bad_sample: skip"),
+        ({"on_bad_sample": "skip", "max_bad_share": 0.2}, r"2 (of 8 samples|samples in a row) could not be read"),
+    ],
+)
+def test_they_stop_a_run_that_is_not_to_skip_them_or_not_so_many(
+    run_file, write_csv, tmp_path, photos, policy, message
+):
+    cut_two(photos)
+    path = run_file("custom_vqa", {**files(train=write_csv("qa.csv", ROWS)), **policy}, valid_splits=[], test_splits=[])
+    with pytest.raises(BadDataError, match=message):
+        train(path)
+
+
+def test_what_is_wrong_with_the_data_is_told_beside_all_else(run_file, write_csv):
+    train_file = write_csv("qa.csv", [{**row, "image": f"gone-{i}"} for i, row in enumerate(ROWS)])
+    val_file = write_csv("val.csv", [{"picture": "a", "question": "b", "answer": "c"}])
+    path = run_file("custom_vqa", files(train=train_file, val=val_file), test_splits=[], batch_size_train=0)
+    with pytest.raises(ConfigurationError) as caught:
+        load_config(path)
+    text = str(caught.value)
+    assert "run.batch_size_train: expected a whole number above 0" in text
+    assert "datasets.custom_vqa: val.csv: expected a column 'image'" in text
+    path = run_file("custom_vqa", files(train=train_file), valid_splits=[], test_splits=[])
+    with pytest.raises(ConfigurationError, match=r"6 of 6 rows of train \(6 × image not found\)"):
+        load_config(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["custom_vqa", "custom_caption", "artquest"])
+def test_by_the_commands(run_file, write_csv, write_jsonl, tmp_path, name):
+    path = write_jsonl("captions.jsonl", CAPTIONS) if "caption" in name else write_csv("qa.csv", ROWS)
+    run_file(name, files(train=path, val=path, test=path))
+
+    def lavis(command, *options):
+        words = [sys.executable, "-m", f"lavis.{command}", "--cfg-path", "run.yaml", "--options", *options]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    lavis("train", "run.max_epoch=2")
+    (folder,) = (tmp_path / "output").iterdir()
+    assert checkpoints.read(folder / "checkpoint_last.pth")["epoch"] == 1
+    assert len(predictions(tmp_path, "test")) == 6
+    assert "agg_metrics" in lavis(
+        "evaluate", "model.load_finetuned=true", f"model.finetuned={folder}/checkpoint_best.pth"
+    )
+
+
+# ------------------------------------------------------------ docs/data.md
+
+
+def blocks(section):
+    """The fenced blocks of a section of the page: language, the file that the text before calls it, content."""
+    text = PAGE.read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
+    pieces = re.split(r"^```(\w*)\n(.*?)^```$", text, flags=re.S | re.M)
+    for before, language, content in zip(pieces[::3], pieces[1::3], pieces[2::3]):
+        names = re.findall(r"`(\w+\.(?:py|yaml))`", before)
+        yield language, names[-1] if names else None, content
+
+
+def test_the_page_names_every_key():
+    from lavis_kvmod.datasets.custom import CustomCaptionBuilder, CustomVQABuilder
+
+    text = PAGE.read_text(encoding="utf-8")
+    for builder in (CustomVQABuilder, CustomCaptionBuilder):
+        (section,) = OmegaConf.load(builder.default_config_path()).datasets.values()
+        for key in [*section, *builder.COLUMNS]:
+            assert key == "data_type" or f"`{key}" in text, key
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_walk_through_works_as_printed(tmp_path):
+    commands = []
+    for language, name, content in blocks("Train on your own folder of images"):
+        if language in ("python", "yaml"):
+            (tmp_path / name).write_text(content, encoding="utf-8")
+        elif language == "bash":
+            commands.append(content)
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(["set -e", *commands])],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=1700,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"overall +(9\d|100)\.", done.stdout)  # of the evaluation's table
+    said = done.stdout.strip().splitlines()[-1]
+    assert said == "['blue']" and f"It says `{said}`" in PAGE.read_text(encoding="utf-8")

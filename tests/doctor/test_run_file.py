@@ -1,0 +1,136 @@
+"""Whether a run fits, decided for GPUs that are not here."""
+
+import pytest
+import torch
+
+from lavis_kvmod.config import KVModConfig
+from lavis_kvmod.doctor.findings import NOTE, OK, WARN, WRONG
+from lavis_kvmod.doctor.machine import GIB, GPU, Machine
+from lavis_kvmod.doctor.run_file import (
+    advice,
+    fit_finding,
+    memory_findings,
+    output_findings,
+    run_file_findings,
+    storage_findings,
+    weight_findings,
+)
+from lavis_kvmod.memory import MemoryEstimate
+from lavis_kvmod.memory.runs import Change
+from lavis_kvmod.models.settings import ModelSettings
+from lavis_kvmod.paths import resolve_config
+from lavis_kvmod.weights import WeightFile
+
+
+def machine(total, free=None):
+    return Machine(gpus=[GPU("A GPU", int(total * GIB), int((free or total) * GIB), (8, 0))], memory_total=16 * GIB)
+
+
+def fit(computed, here, device="cuda"):
+    return fit_finding("training takes 10 GiB", int(computed * GIB), here, device, lambda room: f"room {room // GIB}")
+
+
+def test_a_run_fits_or_not():
+    assert fit(10, machine(24)).mark == OK
+    too_much = fit(30, machine(24))
+    assert too_much.mark == WRONG and too_much.step == "room 24" and "A GPU has 24.0 GiB" in too_much.text
+    close = fit(23, machine(24))  # without the allowance it would
+    assert close.mark == WARN and close.step == "room 24"
+    taken = fit(10, machine(24, free=8))
+    assert taken.mark == WARN and "other processes" in taken.text and "nvidia-smi" in taken.step
+    without = fit(10, Machine())
+    assert without.mark == NOTE and "a GPU should have 11.5 GiB for it" in without.text
+    assert fit(10, Machine(memory_total=16 * GIB), "cpu").mark == OK
+    assert fit(20, Machine(memory_total=16 * GIB), "cpu").mark == WRONG
+    assert fit(20, Machine(), "cpu").mark == OK  # a system that does not tell
+
+
+def test_advice_is_options():
+    changes = [
+        Change({"model.opt_grad_checkpoint": True}, 10 * GIB),
+        Change({"run.batch_size_train": 4, "run.accum_grad_iters": 8}, 12 * GIB),
+    ]
+    assert advice(changes, sharded=False) == (
+        "model.opt_grad_checkpoint=true (10.0 GiB); or run.batch_size_train=4 run.accum_grad_iters=8 (12.0 GiB)"
+    )
+    assert "run.fsdp=true on several GPUs" in advice([], sharded=False)
+    assert "run.fsdp" not in advice([], sharded=True)
+
+
+def test_what_does_not_fit_is_computed_anew_with_what_is_advised(monkeypatch):
+    """The demo on a GPU with room for a part of its batch."""
+    cfg = KVModConfig(resolve_config("projects/kvmod/demo_vqa.yaml"), ["run.device=cuda"])
+    asked = []
+
+    def estimate(model, *, batch_size, train=True, **step):
+        recomputed = model.get("opt_grad_checkpoint", False)
+        asked.append((train, batch_size, recomputed, step["device"]))
+        return MemoryEstimate({"opt_model": 4 * GIB}, workspace=batch_size * GIB // (2 if recomputed else 1))
+
+    monkeypatch.setattr("lavis_kvmod.doctor.run_file.estimate", estimate)
+    settings = ModelSettings.from_config(cfg.model_cfg)
+    big = MemoryEstimate({}, workspace=500 * GIB)
+    training, evaluation = memory_findings(cfg, settings, machine(150), big, big)
+    assert training.mark == evaluation.mark == WRONG
+    assert training.step == (
+        "model.opt_grad_checkpoint=true (132 GiB); or run.batch_size_train=128 run.accum_grad_iters=2 (132 GiB)"
+    )
+    assert evaluation.step == "run.batch_size_eval=72"
+    assert asked[0] == (True, 256, True, "cuda") and asked[-1] == (False, 72, False, "cuda")
+
+
+def test_weights_in_another_half_than_the_run_computes_in():
+    def findings(amp, vit, opt, device="cuda"):
+        settings = ModelSettings(load_finetuned=False, vit_precision=vit, opt_precision=opt)
+        return storage_findings(settings, amp, device)
+
+    (both,) = findings("bf16", "fp16", "fp16")
+    assert both.mark == WARN and both.step == "model.vit_precision=bf16 model.opt_precision=bf16"
+    (opt,) = findings(True, "fp16", "bf16")
+    assert opt.step == "model.opt_precision=fp16"
+    assert findings("bf16", "bf16", "bf16") == findings("bf16", "fp32", "fp32") == []
+    assert findings(False, "fp16", "fp16") == findings("bf16", "fp16", "fp16", "cpu") == []
+
+
+def test_weights_and_what_is_still_to_come(tmp_path, monkeypatch):
+    here = tmp_path / "b3.pth"
+    here.write_bytes(b"")
+    monkeypatch.setattr("lavis_kvmod.weights._reachable", lambda url: True)
+    remote = WeightFile("image encoder", "https://example.org/none-such.pth", "model.vit_checkpoint")
+    files = [WeightFile("auxiliary encoder", str(here), "model.aux_checkpoint"), remote]
+    local, to_come = weight_findings(files, {"visual_encoder": 2 * GIB})
+    assert (local.mark, local.text) == (OK, f"auxiliary encoder: {here}")
+    assert to_come.mark == NOTE and to_come.text.endswith("none-such.pth, about 2.0 GiB")
+    *_, full = weight_findings(files, {"visual_encoder": 2**60})
+    assert full.mark == WRONG and "HF_HOME and TORCH_HOME" in full.step
+
+
+def test_room_for_checkpoints(tmp_path):
+    assert output_findings(tmp_path / "new", 2**20)[0].mark == OK
+    (full,) = output_findings(tmp_path / "new", 2**60)
+    assert full.mark == WRONG and "run.output_dir" in full.step
+
+
+def test_a_model_of_lavis_is_not_looked_into(tmp_path):
+    path = tmp_path / "stock.yaml"
+    path.write_text(
+        "model: {arch: blip2_opt, model_type: pretrain_opt2.7b}\ndatasets: {digits_vqa: {}}\nrun: {device: cpu}\n"
+    )
+    found = run_file_findings(str(path), [], Machine())
+    assert found[-1].mark == NOTE and "blip2_opt is LAVIS's own" in found[-1].text
+
+
+@pytest.mark.slow
+def test_the_published_model_on_a_24_gib_gpu(monkeypatch):
+    """Everything but the GPU's memory is made to be there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr("lavis_kvmod.config.data_problems", lambda cfg: [])
+    monkeypatch.setattr("lavis_kvmod.weights._reachable", lambda url: True)
+    options = ["run.batch_size_train=128"]
+    found = run_file_findings("projects/kvmod/vqa.yaml", options, machine(24))
+    training, evaluation = found[-2:]
+    assert training.mark == evaluation.mark == WRONG
+    assert "model.opt_grad_checkpoint=true (" in training.step
+    assert "run.batch_size_train=32 run.accum_grad_iters=" in training.step
+    assert evaluation.step == "run.batch_size_eval=32"
