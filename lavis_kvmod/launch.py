@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import errno
 import logging
 import os
 import random
@@ -21,6 +22,9 @@ from lavis_kvmod.runners.run_folder import RunFolderError
 
 # What the user can mend: told without a traceback.
 _TOLD = (ConfigurationError, CheckpointError, BadDataError, RunFolderError, FileNotFoundError, FloatingPointError)
+
+# Errors of a system that has no room left to write to.
+_NO_ROOM = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
 
 
 def parse_args(description: str, argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -104,9 +108,26 @@ def run_command(command: Callable[[str, List[str]], object], description: str, a
         # Under torchrun, what fails is written where torchrun finds it, and tells it with rank and traceback.
         record(command)(args.cfg_path, args.options)
     except _TOLD as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:  # beside checkpoints, whose errors say more: a log, predictions
+        if error.errno not in _NO_ROOM:
+            raise
+        print(
+            f"error: {error}. What was saved before is intact: make room, then start again (a training with "
+            "run.resume_ckpt_path=auto)",
+            file=sys.stderr,
+        )
         return 2
     return 0
+
+
+def _message(error: Exception) -> str:
+    """What the error says; of one that comes from a data worker, without the traceback PyTorch puts into it."""
+    text = str(error)
+    if not text.startswith(f"Caught {type(error).__name__} in DataLoader worker process"):
+        return text
+    return text.rpartition(f"{type(error).__name__}: ")[-1].strip()
 
 
 __all__ = ["build_runner", "load_config", "parse_args", "run_command"]

@@ -5,6 +5,10 @@ augmentation. So a run can go on from any batch, with any number of workers, on 
 import logging
 import signal
 import threading
+import time
+from functools import partial
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import torch
@@ -12,7 +16,7 @@ from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Dataset, S
 
 from lavis_kvmod.datasets.seeding import seeded, stable_hash
 
-__all__ = ["PADDING", "EpochBatches", "EpochLoader", "eval_loader", "stay_calm", "stream_of"]
+__all__ = ["PADDING", "EpochBatches", "EpochLoader", "EvalLoader", "StreamLoader", "stay_calm", "stream_of"]
 
 # Key of a batch that stands in where a rank has no sample left: it is computed, so that all ranks take part in every
 # exchange, and counts nothing.
@@ -140,45 +144,83 @@ class EpochLoader:
         self._epoch, self._start = epoch, start_batch
 
     def __iter__(self) -> Iterator[Dict[str, Any]]:
-        number, lost = self._start, 0
-        while True:
-            self._batches.set_epoch(self._epoch, number)
-            try:
-                for batch in _quiet_iterator(self._loader):
-                    yield batch
-                    number += 1
-                return
-            except RuntimeError as error:
-                if not _is_lost_worker(error) or lost == _WORKERS_LOST:
-                    raise
-                lost += 1
-                logging.warning("a data worker was lost (%s); reading goes on at batch %d", error, number)
+        def read(start: int) -> Iterator[Dict[str, Any]]:
+            self._batches.set_epoch(self._epoch, start)
+            return iter(self._loader)
+
+        return _outliving_workers(read, self._start)
 
 
-def eval_loader(
-    dataset: Dataset,
-    *,
-    batch_size: int,
-    collate: Optional[Callable] = None,
-    num_workers: int = 0,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    pin_memory: bool = False,
-) -> DataLoader:
+class EvalLoader:
     """Evaluation batches in order, each sample on one rank (DistributedSampler would repeat some to give all ranks as
-    many)."""
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=range(rank, len(dataset), world_size),
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=collate,
-        worker_init_fn=stay_calm,
-        generator=_own_generator(seed, rank),
-        drop_last=False,
-    )
+    many). Killed workers are replaced as in `EpochLoader`.
+
+    Args:
+        dataset, batch_size, collate, num_workers, seed, rank, world_size, pin_memory: see `EpochLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        collate: Optional[Callable] = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ):
+        self.dataset = dataset
+        self.collate_fn = collate or torch.utils.data.default_collate
+        self._mine = range(rank, len(dataset), world_size)
+        self._batch_size = batch_size
+        self._make = partial(
+            DataLoader,
+            dataset,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            collate_fn=self.collate_fn,
+            worker_init_fn=stay_calm,
+            generator=_own_generator(seed, rank),
+        )
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return -(-len(self._mine) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Dict[str, Any]]:
+        return _outliving_workers(lambda start: iter(self._make(sampler=self._mine[start * self._batch_size :])))
+
+
+class StreamLoader:
+    """A data set's own loader, whose killed workers are replaced as in `EpochLoader`.
+
+    Args:
+        loader: with a length, ``dataset`` and ``set_epoch(epoch, start_batch)``.
+    """
+
+    def __init__(self, loader):
+        self.dataset = loader.dataset
+        self._loader = loader
+        self._epoch, self._start = 0, 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return len(self._loader)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Which epoch is read next, and from which of its batches on."""
+        self._loader.set_epoch(epoch, start_batch)
+        self._epoch, self._start = epoch, start_batch
+
+    def __iter__(self) -> Iterator[Dict[str, Any]]:
+        def read(start: int) -> Iterator[Dict[str, Any]]:
+            self._loader.set_epoch(self._epoch, start)
+            return iter(self._loader)
+
+        return _outliving_workers(read, self._start)
 
 
 def stream_of(dataset) -> Optional[Any]:
@@ -197,25 +239,60 @@ def _as_it_is(batch):
     return batch
 
 
-def _quiet_iterator(loader: DataLoader) -> Iterator:
-    """``iter(loader)``, told of a worker's death where it reads, not by an error raised amid whatever is running.
+def _outliving_workers(read: Callable[[int], Iterator], start: int = 0) -> Iterator:
+    """All batches from ``start`` on. Where a worker process is killed, reading goes on with new ones at the batch that
+    is due.
+
+    Args:
+        read: gives an iterator over a DataLoader, from a batch on.
+        start: the first batch.
+    """
+    number, lost = start, 0
+    while True:
+        workers: List[BaseProcess] = []
+        try:
+            known = set(active_children())
+            batches = _quietly(read, number)
+            workers = [child for child in active_children() if child not in known]
+            for batch in batches:
+                yield batch
+                number += 1
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            if lost == _WORKERS_LOST or not _is_lost_worker(error, workers):
+                raise
+            lost += 1
+            told = f"{type(error).__name__}: {error}".split("\n")[0]
+            logging.warning("a data worker was lost (%s); reading goes on at batch %d", told, number)
+
+
+def _quietly(read: Callable[[int], Iterator], start: int) -> Iterator:
+    """``read(start)``, told of a worker's death where it reads, not by an error raised amid whatever is running.
 
     PyTorch raises from a SIGCHLD handler, which may be halfway through an optimiser step; without the handler it finds
     out within 5 s when it waits for a batch (torch/utils/data/_utils/signal_handling.py, dataloader.py).
     """
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        return iter(loader)
+        return read(start)
     handler = signal.getsignal(signal.SIGCHLD)
     try:
-        return iter(loader)
+        return read(start)
     finally:
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
-def _is_lost_worker(error: RuntimeError) -> bool:
-    # It has no class of its own (dataloader.py, _try_get_data). An error in a data set reads "Caught … in DataLoader
-    # worker process" instead.
-    return "DataLoader worker (pid" in str(error)
+def _is_lost_worker(error: Exception, workers: List[BaseProcess]) -> bool:
+    """Whether an error of reading comes from a worker's death: PyTorch's, which has no class of its own (dataloader.py,
+    _try_get_data), or that of a connection to it (torch/multiprocessing/reductions.py, rebuild_storage_fd)."""
+    text = str(error)
+    if "DataLoader worker (pid" in text:
+        return True
+    if text.startswith("Caught ") or isinstance(error, RuntimeError):  # an error in a data set
+        return False
+    end = time.monotonic() + 1  # its connections are closed a moment before it counts as dead
+    while all(worker.exitcode is None for worker in workers) and workers and time.monotonic() < end:
+        time.sleep(0.02)
+    return any(worker.exitcode is not None for worker in workers)
 
 
 def stay_calm(worker_id: int) -> None:

@@ -14,6 +14,7 @@ from lavis_kvmod import checkpoints
 from lavis_kvmod.checkpoints import CheckpointError
 from lavis_kvmod.datasets.seeding import stable_hash
 from lavis_kvmod.runners.loaders import EpochLoader
+from lavis_kvmod.runners.run_folder import checkpoint_problem
 from lavis_kvmod.runners.training_state import RunState, set_rng_state
 
 __all__ = [
@@ -173,8 +174,9 @@ def bring_best(state: RunState, source: Path, target: Path) -> bool:
 
 
 def _is_best(path: Path, state: RunState) -> bool:
-    try:
-        contents = checkpoints.read(path, mmap=True)
-        return contents["epoch"] == contents["best_epoch"] == state.best_epoch
-    except (OSError, ValueError, KeyError, TypeError):
+    problem = checkpoint_problem(path)
+    if problem is not None:
+        logging.warning("%s", problem)
         return False
+    contents = checkpoints.read(path, mmap=True)
+    return contents["epoch"] == contents.get("best_epoch") == state.best_epoch

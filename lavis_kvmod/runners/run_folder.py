@@ -16,7 +16,7 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 from filelock import FileLock, Timeout
 
@@ -78,13 +78,13 @@ class RunFolder:
         return folder
 
     @classmethod
-    def reopen(cls, path: Path, checkpoint: Path) -> "RunFolder":
-        """The folder of a run that goes on from one of its checkpoints, locked and tidied.
+    def reopen(cls, path: Path) -> "RunFolder":
+        """The folder of a run that goes on in it, locked and tidied.
 
         Raises:
             RunFolderError: if another run is using it.
         """
-        folder = cls(path, checkpoint, continues=True)
+        folder = cls(path, continues=True)
         folder.lock()
         _remove_leftovers_of(path)
         return folder
@@ -174,12 +174,14 @@ def find_newest_run(output_dir: Path) -> Optional[RunFolder]:
         RunFolderError: if another run is using that folder.
     """
     for path in sorted(_runs(output_dir), key=lambda path: (_about(path)["number"], path.name), reverse=True):
-        checkpoint, bad = _newest_good(path)
-        if checkpoint is not None:
-            folder = RunFolder.reopen(path, checkpoint)
-            for unreadable in bad:  # or they would take a good one's place when the next is saved
-                os.replace(unreadable, unreadable.with_name(unreadable.name + ".unreadable"))
-            return folder
+        if _checkpoints(path):
+            folder = RunFolder.reopen(path)  # first, or a run at work might rename what is looked at here
+            folder.checkpoint, bad = _newest_good(path)
+            if folder.checkpoint is not None:
+                for unreadable in bad:  # or they would take a good one's place when the next is saved
+                    os.replace(unreadable, unreadable.with_name(unreadable.name + ".unreadable"))
+                return folder
+            folder.release()
         logging.info("%s has no checkpoint to go on from", path)
     return None
 
@@ -187,13 +189,14 @@ def find_newest_run(output_dir: Path) -> Optional[RunFolder]:
 def checkpoint_problem(path: Path) -> Optional[str]:
     """Why a checkpoint cannot be resumed from, after reading every byte of it; None if it can."""
     try:
-        with ZipFile(path) as file:
-            damaged = file.testzip()
-        if damaged is not None:
-            return f"{path}: damaged ({damaged} does not match its checksum)"
+        if checkpoints.can_be_mapped(path):  # else it is read, and so checked, as a whole
+            with ZipFile(path) as file:
+                damaged = file.testzip()
+            if damaged is not None:
+                return f"{path}: damaged ({damaged} does not match its checksum)"
         contents = checkpoints.read(path, mmap=True)
-    except (BadZipFile, OSError, EOFError, ValueError) as error:
-        return f"{path}: {error}"
+    except Exception as error:  # a damaged file makes its readers raise whatever it may be
+        return _told(path, error)
     lacking = [key for key in ("model", "optimizer", "epoch") if not isinstance(contents, dict) or key not in contents]
     return f"{path}: not the checkpoint of a run, it lacks {', '.join(lacking)}" if lacking else None
 
@@ -223,8 +226,8 @@ def _newest_good(path: Path) -> Tuple[Optional[Path], List[Path]]:
         try:
             state = RunState.from_checkpoint(checkpoints.read(file, mmap=True))
             candidates.append(((state.epoch, state.batch, state.trained), file))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logging.warning("%s is not trusted: %s", file, error)
+        except Exception as error:  # as above
+            logging.warning("%s; looking for an older one", _told(file, error))
             bad.append(file)
     # sorted is stable: of equals, the one that stands first in _checkpoints
     for _, file in sorted(candidates, key=lambda candidate: candidate[0], reverse=True):
@@ -293,6 +296,12 @@ def _who(path: Path) -> str:
     return " (process {pid} on {host}, since {time})".format_map(
         {key: starts[-1].get(key, "?") for key in ("pid", "host", "time")}
     )
+
+
+def _told(path: Path, error: Exception) -> str:
+    """The error, which may be any, with the file's name in front."""
+    text = str(error).strip().split("\n")[0][:300]
+    return text if str(path) in text else f"{path}: damaged, or not the checkpoint of a run ({text})"
 
 
 def _reason(error: BaseException) -> str:

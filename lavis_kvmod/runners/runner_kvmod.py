@@ -19,15 +19,16 @@ from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
 from lavis.runners.runner_base import RunnerBase
 from torch.nn.parallel import DistributedDataParallel
 
+from lavis_kvmod.checkpoints import CheckpointError
 from lavis_kvmod.distributed import barrier, from_main, get_rank, get_world_size, on_main
 from lavis_kvmod.models.parts import parts_table
 from lavis_kvmod.plugin import set_registry_path
 from lavis_kvmod.precision import amp_dtype, needs_grad_scaler
 from lavis_kvmod.runners.environment import environment
 from lavis_kvmod.runners.epochs import TrainsEpochs
-from lavis_kvmod.runners.loaders import EpochLoader, eval_loader, stay_calm, stream_of
+from lavis_kvmod.runners.loaders import EpochLoader, EvalLoader, StreamLoader, stay_calm, stream_of
 from lavis_kvmod.runners.optimizers import build_optimizer
-from lavis_kvmod.runners.run_folder import BEST, RunFolder, find_newest_run
+from lavis_kvmod.runners.run_folder import BEST, RunFolder, checkpoint_problem, find_newest_run
 from lavis_kvmod.runners.run_log import RunLog
 from lavis_kvmod.runners.saving import SavesRuns
 from lavis_kvmod.runners.schedules import Schedule
@@ -61,19 +62,25 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
 
         Raises:
             RunFolderError: if another run is using that folder.
+            CheckpointError: if the checkpoint that ``resume_ckpt_path`` names is damaged, or no run's.
         """
         opened: List[RunFolder] = []
 
         def choose() -> Tuple[Path, Optional[Path], bool]:
             output_dir = Path.cwd() / Path(run_cfg.output_dir).expanduser()
             resume = None if run_cfg.evaluate else run_cfg.get("resume_ckpt_path", None)
+            checkpoint = None
+            if resume and resume != "auto":
+                checkpoint = Path(resume).expanduser()
+                problem = checkpoint_problem(checkpoint)
+                if problem is not None:
+                    raise CheckpointError(problem)
             folder = find_newest_run(output_dir) if resume == "auto" else None
             if folder is None:
                 folder = RunFolder.create(output_dir, name)
+                folder.checkpoint = checkpoint
                 if resume == "auto":
                     logging.info("no run in %s has a checkpoint to go on from: starting a new one", output_dir)
-                elif resume:
-                    folder.checkpoint = Path(resume).expanduser()
             opened.append(folder)
             return folder.path, folder.checkpoint, folder.continues
 
@@ -207,7 +214,7 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
         )
         stream = stream_of(dataset)
         if stream is not None:
-            return stream.make_loader(is_train=is_train, worker_init_fn=stay_calm, **settings)
+            return StreamLoader(stream.make_loader(is_train=is_train, worker_init_fn=stay_calm, **settings))
         if isinstance(dataset, (tuple, list)) or not hasattr(dataset, "__len__"):
             raise NotImplementedError(
                 f"split {split!r}: runner_kvmod reads map-style data sets, and one streamed set that has make_loader; "
@@ -217,7 +224,7 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
         if len(dataset) == 0 and split in used:
             raise ValueError(f"split {split!r} of the data set is empty")
         logging.info("%s: %d samples", split, len(dataset))
-        make = EpochLoader if is_train else eval_loader
+        make = EpochLoader if is_train else EvalLoader
         return make(dataset, collate=getattr(dataset, "collater", None), **settings)
 
     # ------------------------------------------------------------ the run

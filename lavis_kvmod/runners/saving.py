@@ -9,9 +9,10 @@ from lavis.common.dist_utils import is_main_process
 from omegaconf import OmegaConf
 
 from lavis_kvmod import checkpoints
+from lavis_kvmod.checkpoints import CheckpointError
 from lavis_kvmod.distributed import gather, get_rank, get_world_size, on_main
 from lavis_kvmod.runners import resuming
-from lavis_kvmod.runners.run_folder import BEST
+from lavis_kvmod.runners.run_folder import BEST, checkpoint_problem
 from lavis_kvmod.runners.training_state import RunState, get_rng_state
 
 __all__ = ["SavesRuns"]
@@ -59,8 +60,16 @@ class SavesRuns:
         on_main(write)
 
     def _reload_best_model(self, model):
-        """Load the best checkpoint's weights (LAVIS fails if none was saved, runner_base.py:597)."""
-        self._load_trained(model, checkpoints.read(self.output_dir / BEST), self.output_dir / BEST)
+        """Load the best checkpoint's weights (LAVIS fails if none was saved, runner_base.py:597).
+
+        Raises:
+            CheckpointError: if it is damaged.
+        """
+        path = self.output_dir / BEST
+        problem = on_main(lambda: checkpoint_problem(path))
+        if problem is not None:
+            raise CheckpointError(problem)
+        self._load_trained(model, checkpoints.read(path), path)
         return model
 
     def _load_checkpoint(self, url_or_filename: str) -> None:

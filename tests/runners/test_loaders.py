@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
-from lavis_kvmod.runners.loaders import PADDING, EpochBatches, EpochLoader, eval_loader, stream_of
+from lavis_kvmod.runners.loaders import PADDING, EpochBatches, EpochLoader, EvalLoader, stream_of
 
 
 class Noise(torch.utils.data.Dataset):
@@ -106,7 +106,7 @@ def test_an_error_in_the_data_is_no_lost_worker():
 
 def test_evaluation_reads_each_sample_once():
     read = [
-        [int(i) for batch in eval_loader(Noise(7), batch_size=2, rank=rank, world_size=3) for i in batch["index"]]
+        [int(i) for batch in EvalLoader(Noise(7), batch_size=2, rank=rank, world_size=3) for i in batch["index"]]
         for rank in range(3)
     ]
     assert read == [[0, 3, 6], [1, 4], [2, 5]]

@@ -99,7 +99,10 @@ def test_auto_takes_the_newest_good_one_and_sets_damaged_ones_aside(folder, tmp_
     assert "does not match its checksum" in checkpoint_problem(folder.path / LAST)
     found = find_newest_run(tmp_path)
     assert found.checkpoint == folder.path / "checkpoint_last-2.pth" and found.continues
-    assert "does not match its checksum" in caplog.text and "checkpoint_last-1.pth is not trusted" in caplog.text
+    assert (
+        "does not match its checksum" in caplog.text
+        and "checkpoint_last-1.pth (7 bytes) is not a readable" in caplog.text
+    )
     assert {p.name for p in folder.path.glob("*.unreadable")} == {
         f"{LAST}.unreadable",
         "checkpoint_last-1.pth.unreadable",
