@@ -30,7 +30,7 @@ def test_a_vqa_run_is_counted_with_its_longest_texts():
     assert training_step(*all_answers) == {**step, "answers": 10}
     generation = evaluation_step(*vqa)
     assert generation == dict(
-        train=False, batch_size=64, amp="bf16", text_length=48, new_tokens=10, num_beams=5, optimizer=True
+        train=False, batch_size=16, amp="bf16", text_length=48, new_tokens=10, num_beams=5, optimizer=True
     )
     assert evaluation_step(*sections("projects/kvmod/vqa.yaml", "run.evaluate=true"))["optimizer"] is False
 
