@@ -191,7 +191,8 @@ def _run_problems(run: DictConfig) -> List[str]:
     has_cuda = torch.cuda.is_available()
     if device_type == "cuda" and not has_cuda:
         problems.append("run.device: cuda, but this machine (or this PyTorch) has no CUDA; set run.device: cpu")
-    has_bf16 = device_type == "cuda" and has_cuda and torch.cuda.is_bf16_supported()
+    # torch.cuda.is_bf16_supported() also counts emulation, which is slow
+    has_bf16 = device_type == "cuda" and has_cuda and torch.cuda.get_device_capability() >= (8, 0)
     problems += amp_problems(run.get("amp", False), device_type, has_bf16 or not has_cuda)
     problems += task_problems(run)
     for key in ("batch_size_train", "batch_size_eval", "max_epoch", "accum_grad_iters"):

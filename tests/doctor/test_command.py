@@ -150,6 +150,8 @@ def test_the_full_model_without_gpu_data_or_network(tmp_path):
         tmp_path,
         "--cfg-path",
         "projects/kvmod/vqa.yaml",
+        "--options",
+        "run.batch_size_train=16",
         LAVIS_CACHE_ROOT=str(tmp_path / "lavis"),
         TORCH_HOME=str(tmp_path / "torch"),
         HF_HOME=str(tmp_path / "hf"),

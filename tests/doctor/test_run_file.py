@@ -127,7 +127,7 @@ def test_the_published_model_on_a_24_gib_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr("lavis_kvmod.config.data_problems", lambda cfg: [])
     monkeypatch.setattr("lavis_kvmod.weights._reachable", lambda url: True)
-    options = ["run.batch_size_train=128"]
+    options = ["run.batch_size_train=128", "run.batch_size_eval=64"]
     found = run_file_findings("projects/kvmod/vqa.yaml", options, machine(24))
     training, evaluation = found[-2:]
     assert training.mark == evaluation.mark == WRONG

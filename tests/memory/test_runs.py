@@ -23,21 +23,21 @@ def sections(path, *options):
 
 
 def test_a_vqa_run_is_counted_with_its_longest_texts():
-    vqa = sections("projects/kvmod/vqa.yaml")
+    vqa = sections("projects/kvmod/vqa.yaml", "run.batch_size_train=12", "run.batch_size_eval=24")
     step = training_step(*vqa)
-    assert step == dict(batch_size=16, amp="bf16", text_length=48 + 10, target_length=10)
-    all_answers = sections("projects/kvmod/vqa.yaml", "model.answer_loss=all")
+    assert step == dict(batch_size=12, amp="bf16", text_length=48 + 10, target_length=10)
+    all_answers = sections("projects/kvmod/vqa.yaml", "model.answer_loss=all", "run.batch_size_train=12")
     assert training_step(*all_answers) == {**step, "answers": 10}
     generation = evaluation_step(*vqa)
     assert generation == dict(
-        train=False, batch_size=16, amp="bf16", text_length=48, new_tokens=10, num_beams=5, optimizer=True
+        train=False, batch_size=24, amp="bf16", text_length=48, new_tokens=10, num_beams=5, optimizer=True
     )
     assert evaluation_step(*sections("projects/kvmod/vqa.yaml", "run.evaluate=true"))["optimizer"] is False
 
 
 def test_a_captioning_run_has_a_loss_on_all_of_a_caption():
-    caption = sections("projects/kvmod/caption.yaml")
-    assert training_step(*caption) == dict(batch_size=32, amp="bf16", text_length=32)
+    caption = sections("projects/kvmod/caption.yaml", "run.batch_size_train=12")
+    assert training_step(*caption) == dict(batch_size=12, amp="bf16", text_length=32)
     generation = evaluation_step(*caption)
     assert (generation["text_length"], generation["new_tokens"]) == (7, 30)  # "a photo of"
 
