@@ -1,6 +1,5 @@
 """Runs that are made to fail: real processes and real SIGKILL, on the small model; and the record of what was lost."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import pytest
 import torch
+from whole_runs import assert_same_run, write_run  # noqa: F401
 
 from lavis_kvmod import checkpoints
 
@@ -264,7 +264,7 @@ class Place:
 
 
 @pytest.fixture()
-def place(server, write_run, tmp_path):
+def place(server, write_run, tmp_path):  # noqa: F811
     """A function: a `Place` by its name; all of a test's have the run file of the first, which takes the settings."""
     places: List[Place] = []
     settled: Dict[str, str] = {}
@@ -286,15 +286,9 @@ def place(server, write_run, tmp_path):
 # ------------------------------------------------------------ what must hold
 
 
-def _flat(value, name=""):
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for i, inner in enumerate(value):
-            yield from _flat(inner, f"{name}.{i}")
-    else:
-        yield name, value
+def _tensors(optimizer: Dict[str, Any]) -> Iterator[Tuple[str, torch.Tensor]]:
+    for number, state in optimizer["state"].items():
+        yield from ((f"{name} of parameter {number}", value) for name, value in state.items())
 
 
 def _steps_saved(path: Path) -> int:
@@ -316,31 +310,7 @@ def assert_good():
     def check(path: Path) -> None:
         contents = checkpoints.read(path)
         assert {"model", "optimizer", "epoch"} <= set(contents)
-        for name, value in _flat(contents):
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                assert torch.isfinite(value).all(), name
-
-    return check
-
-
-_spec = importlib.util.spec_from_file_location("_runners_conftest", Path(__file__).parents[1] / "runners/conftest.py")
-_runners = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_runners)
-write_run = _runners.write_run
-
-
-@pytest.fixture(scope="session")
-def assert_same_run():
-    def check(first, second):
-        for name in (LAST, "checkpoint_best.pth"):
-            one, two = (
-                dict(_flat({**checkpoints.read(f / name), "config": None, "log": None})) for f in (first, second)
-            )
-            assert one.keys() == two.keys()
-            for key, value in one.items():
-                same = torch.equal(value, two[key]) if isinstance(value, torch.Tensor) else value == two[key]
-                assert same, f"{name}: {key}"
-        one, two = ((folder / "log.txt").read_text().splitlines() for folder in (first, second))
-        assert one == two
+        for name, value in [*contents["model"].items(), *_tensors(contents["optimizer"])]:
+            assert torch.isfinite(value).all(), name
 
     return check
