@@ -38,7 +38,7 @@ def test_every_yaml_loads(path, monkeypatch):
         assert {"data_type", "build_info", "vis_processor", "text_processor"} <= set(section)
     else:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
         monkeypatch.setattr("lavis_kvmod.config.data_problems", lambda cfg: [])
         monkeypatch.setattr("lavis_kvmod.weights._reachable", lambda url: True)
         yours = ["model.finetuned=https://example.org/yours.pth"] if cfg.model.get("load_finetuned") else []
