@@ -214,6 +214,7 @@ def test_a_rank_that_dies_ends_the_run_and_is_named(write_run, tmp_path, runs, d
     code, output, _ = torchrun(
         f"""
 import os, signal, sys
+import torch
 import lavis.train
 take, steps = torch.optim.AdamW.step, []
 def step(self, *args, **kwargs):
