@@ -103,10 +103,10 @@ def test_the_best_is_looked_for_beside_the_checkpoint(tmp_path, caplog):
     old, new = tmp_path / "old", tmp_path / "new"
     state, target = RunState(epoch=3, best_epoch=1), new / "checkpoint_best.pth"
     checkpoints.save({"epoch": 2, "best_epoch": 1}, old / "checkpoint_last.pth")
-    checkpoints.save({"epoch": 0, "best_epoch": 0}, old / "checkpoint_best.pth")
+    checkpoints.save({"model": {}, "optimizer": {}, "epoch": 0, "best_epoch": 0}, old / "checkpoint_best.pth")
     assert not resuming.bring_best(state, old / "checkpoint_last.pth", target) and not target.exists()
     assert "the best checkpoint so far (epoch 1) is not beside" in caplog.text
-    checkpoints.save({"epoch": 1, "best_epoch": 1}, old / "checkpoint_best.pth")
+    checkpoints.save({"model": {}, "optimizer": {}, "epoch": 1, "best_epoch": 1}, old / "checkpoint_best.pth")
     assert resuming.bring_best(state, old / "checkpoint_last.pth", target)
     assert target.read_bytes() == (old / "checkpoint_best.pth").read_bytes()
 
