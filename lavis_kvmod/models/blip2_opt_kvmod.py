@@ -245,7 +245,7 @@ class Blip2OPTKVMod(Blip2Base):
         if self.kv_prefix is None:
             return None
         c = self.Qformer.num_cross_attention_layers
-        key, value = self.kv_prefix(pooled)
+        key, value = self.kv_prefix(pooled, own_softmax=self.kv_gate is not None)
         if key.ndim == 4:  # one prefix, shared by all layers
             key, value = key.expand(c, *key.shape), value.expand(c, *value.shape)
         gates = [None] * c if self.kv_gate is None else self.kv_gate.tanh()

@@ -7,6 +7,7 @@ handed on as an argument (`KVPrefix`), never stored on a module.
 from typing import NamedTuple, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -19,6 +20,21 @@ class KVPrefix(NamedTuple):
     key: Tensor
     value: Tensor
     gate: Optional[Tensor] = None
+
+
+class KeyProjection(nn.Linear):
+    """Projects to Keys, with a bias that may not count.
+
+    Softmax does not see a bias that all its Keys share: it adds the same to every score of a query. The bias's
+    gradient is then zero, but what comes out of the computation is rounding, of which AdamW makes whole steps: other
+    ones with every machine, batch size and number of processes. ``bias_counts=False`` gives it the exact zero.
+    """
+
+    def forward(self, x: Tensor, bias_counts: bool = True) -> Tensor:
+        """(…, in) -> (…, out)"""
+        # Not left out: the Keys stay those of LAVIS, and DDP waits for the gradient of every trained parameter.
+        bias = self.bias if bias_counts else self.bias.detach() + 0 * self.bias
+        return F.linear(x, self.weight, bias)
 
 
 class KVPrefixGenerator(nn.Module):
@@ -62,11 +78,13 @@ class KVPrefixGenerator(nn.Module):
         self.prefix_tokens = nn.Parameter(torch.empty(num_prefix_tokens, hidden_size))
         nn.init.normal_(self.prefix_tokens, std=0.02)  # as LAVIS initialises query tokens
         projected = hidden_size * (num_layers or 1)
-        self.k_proj = nn.Linear(hidden_size, projected)
+        self.k_proj = KeyProjection(hidden_size, projected)
         self.v_proj = nn.Linear(hidden_size, projected)
 
-    def forward(self, features: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, own_softmax: bool = False) -> Tuple[Tensor, Tensor]:
         """Pooled features (b, feature_dim) -> Keys, Values, each (b, h, p, d), or (c, b, h, p, d) per layer.
+
+        ``own_softmax`` tells that no other Keys stand beside these (a gated prefix): see `KeyProjection`.
 
         Raises:
             ValueError: if ``features`` is not (b, feature_dim).
@@ -78,7 +96,8 @@ class KVPrefixGenerator(nn.Module):
                 "feature_dim must be the auxiliary encoder's"
             )
         tokens = self.prefix_tokens + self.mlp(features).unsqueeze(1)  # (b, p, hidden)
-        return self._split_heads(self.k_proj(tokens)), self._split_heads(self.v_proj(tokens))
+        key = self.k_proj(tokens, bias_counts=not own_softmax)
+        return self._split_heads(key), self._split_heads(self.v_proj(tokens))
 
     def _split_heads(self, projected: Tensor) -> Tensor:
         """(b, p, [c *] h * d) -> ([c,] b, h, p, d)"""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_kvmod.models.kv_prefix import KVPrefix
+from lavis_kvmod.models.kv_prefix import KeyProjection, KVPrefix
 
 KeyValue = Tuple[Tensor, Tensor]
 
@@ -44,7 +44,7 @@ class MultiHeadAttention(nn.Module):
         self.num_heads = num_heads
         self.dropout = dropout
         self.query = nn.Linear(hidden_size, hidden_size)
-        self.key = nn.Linear(kv_width, hidden_size)
+        self.key = KeyProjection(kv_width, hidden_size)
         self.value = nn.Linear(kv_width, hidden_size)
 
     def forward(
@@ -61,8 +61,9 @@ class MultiHeadAttention(nn.Module):
         ``mask`` is additive, broadcastable to (b, h, q, n), and says nothing of prefix positions: those are never
         masked. ``past`` are Keys/Values (b, h, m, d) of earlier positions of the context.
         """
+        beside_prefix = prefix is not None and prefix.gate is None  # in one softmax
         q = self._split_heads(self.query(hidden_states))
-        k = self._split_heads(self.key(context))
+        k = self._split_heads(self.key(context, bias_counts=beside_prefix))
         v = self._split_heads(self.value(context))
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
@@ -70,7 +71,7 @@ class MultiHeadAttention(nn.Module):
 
         if prefix is None:
             out, probs = self._attend(q, k, v, mask, output_attentions)
-        elif prefix.gate is None:  # one softmax over [prefix | context]
+        elif beside_prefix:  # one softmax over [prefix | context]
             p = prefix.key.shape[2]
             k = torch.cat([prefix.key.to(k.dtype), k], dim=2)  # (b, h, p + n, d)
             v = torch.cat([prefix.value.to(v.dtype), v], dim=2)

@@ -41,3 +41,20 @@ def test_wrong_sizes_are_refused():
         KVPrefixGenerator(num_prefix_tokens=0)
     with pytest.raises(ValueError, match=r"\(b, 1536\), got \(2, 1280\)"):
         KVPrefixGenerator()(torch.randn(2, 1280))
+
+
+def test_a_bias_that_all_keys_of_a_softmax_share_gets_an_exact_zero():
+    """Not rounding, of which AdamW would make whole steps; and the Keys are the same."""
+    generator = KVPrefixGenerator(6, 8, 3, 2)
+    features, query, others = torch.randn(4, 6), torch.randn(4, 2, 5, 4), torch.randn(4, 2, 7, 4)
+    (k, v), (k_alone, v_alone) = generator(features), generator(features, own_softmax=True)
+    assert torch.equal(k, k_alone) and torch.equal(v, v_alone)
+
+    def gradient(k, v):
+        generator.zero_grad()
+        torch.nn.functional.scaled_dot_product_attention(query, k, v).square().sum().backward()
+        assert generator.v_proj.bias.grad.any() and generator.k_proj.weight.grad.any()
+        return generator.k_proj.bias.grad
+
+    assert not gradient(k_alone, v_alone).any()
+    assert gradient(torch.cat([k, others], dim=2), torch.cat([v, others], dim=2)).abs().max() > 1e-4
