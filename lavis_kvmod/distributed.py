@@ -1,8 +1,9 @@
 """One process or many: every collective here is a no-op without a process group."""
 
+import contextlib
 import datetime
 import os
-from typing import Any, Callable, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,26 @@ def init_distributed(run_cfg) -> None:
             world_size=run_cfg.world_size,
             timeout=datetime.timedelta(minutes=run_cfg.get("dist_timeout", DEFAULT_TIMEOUT)),
         )
+
+
+@contextlib.contextmanager
+def leaves_group() -> Iterator[None]:
+    """Leave the process group when the block ends well, or by ``SystemExit``.
+
+    Gloo's threads would otherwise abort the interpreter now and then as it ends (SIGABRT, which torchrun tells as the
+    run's failure). After an error the process ends as it is: leaving could wait for ranks that wait for this one.
+    """
+    try:
+        yield
+    except SystemExit:
+        _leave_group()
+        raise
+    _leave_group()
+
+
+def _leave_group() -> None:
+    if is_dist_avail_and_initialized():
+        dist.destroy_process_group()
 
 
 def barrier() -> None:
@@ -108,5 +129,6 @@ __all__ = [
     "get_world_size",
     "init_distributed",
     "launched_rank",
+    "leaves_group",
     "on_main",
 ]

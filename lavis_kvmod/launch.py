@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from lavis_kvmod.checkpoints import CheckpointError
 from lavis_kvmod.config import ConfigurationError, KVModConfig, load_config
 from lavis_kvmod.datasets.bad_samples import BadDataError
-from lavis_kvmod.distributed import from_main, get_rank, init_distributed
+from lavis_kvmod.distributed import from_main, get_rank, init_distributed, leaves_group
 from lavis_kvmod.runners.run_folder import RunFolderError
 
 # What the user can mend: told without a traceback.
@@ -98,6 +98,8 @@ def set_up_logging() -> None:
     )
     # PyTorch warns at every call of functions that LAVIS's pinned dependencies use.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|fairscale|timm)\b")
+    # The new name is unknown to the older PyTorch that this package allows.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`broadcast_buffers` is deprecated")
 
 
 def run_command(command: Callable[[str, List[str]], object], description: str, argv) -> int:
@@ -106,7 +108,8 @@ def run_command(command: Callable[[str, List[str]], object], description: str, a
     set_up_logging()
     try:
         # Under torchrun, what fails is written where torchrun finds it, and tells it with rank and traceback.
-        record(command)(args.cfg_path, args.options)
+        with leaves_group():
+            record(command)(args.cfg_path, args.options)
     except _TOLD as error:
         print(f"error: {_message(error)}", file=sys.stderr)
         return 2

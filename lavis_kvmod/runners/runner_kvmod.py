@@ -187,6 +187,11 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
     # ------------------------------------------------------------ data
 
     @property
+    def valid_splits(self) -> List[str]:
+        """As LAVIS's, which logs a line at each look where there are none."""
+        return list(self._run_key("valid_splits", ()))
+
+    @property
     def dataloaders(self) -> Dict[str, Any]:
         """A loader for each split; LAVIS's opens a CUDA stream (dataloader_utils.py:56), drops the last batch, and so
         trains on nothing where there are fewer samples than a batch (:536).

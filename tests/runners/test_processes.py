@@ -15,7 +15,7 @@ import torch
 
 from lavis_kvmod import checkpoints
 from lavis_kvmod.launch import build_runner, load_config
-from lavis_kvmod.train import train
+from lavis_kvmod.train import main, train
 
 LAST = "checkpoint_last.pth"
 STEADY = {  # nothing is drawn, so that runs can be compared number by number
@@ -65,37 +65,35 @@ def largest_difference(first, second):
 
 
 def steady(path, *options):
-    """Train with a larger epsilon. AdamW makes whole steps of the smallest gradients, also of those that are rounding
-    alone: softmax does not see the biases of self-attention's keys."""
-
-    def run():
-        torch.optim.AdamW = partial(torch.optim.AdamW, eps=1e-3)
-        train(path, list(options))
-
-    return run
+    return lambda: train(path, list(options))
 
 
 @pytest.fixture()
 def steady_run(write_run, model_config):
+    """With the rate of `projects/kvmod/vqa.yaml`. At the 1e-3 of other tests rounding grows past 1e-6 in 20 steps, as
+    it does between one process and the same with another number of threads (benchmarks/bench_processes.py)."""
     geometry = {**model_config()["qformer_geometry"], **STEADY["qformer_geometry"]}
     return partial(
         write_run,
         model={**STEADY, "qformer_geometry": geometry},
         crops="blip_image_eval",
         valid_splits=[],
+        init_lr=1e-5,
+        warmup_lr=1e-6,
     )
 
 
 def assert_same_training(path, first, second):
-    """The parameters to 1e-6, and each epoch's loss, gradient norm and rate as logged; and they have moved."""
+    """The parameters to 1e-6, and each epoch's loss, gradient norm and rate as logged (to 4 decimals); and they have
+    moved."""
     one, two = weights(first), weights(second)
     assert largest_difference(one, two) <= 1e-6
-    assert largest_difference(one, build_runner(load_config(path)).model.state_dict()) > 1e-3
+    assert largest_difference(one, build_runner(load_config(path)).model.state_dict()) > 1e-4
     logs = [(folder / "log.txt").read_text().splitlines() for folder in (first, second)]
     for epoch in range(-5, 0):
         one, two = (json.loads(lines[epoch]) for lines in logs)
         for key in ("train_loss", "train_grad_norm", "train_lr"):
-            assert one[key] == two[key]
+            assert float(one[key]) == pytest.approx(float(two[key]), abs=1.1e-4)
 
 
 def test_two_processes_with_batch_b_are_one_with_2b(steady_run, in_process, runs):
@@ -116,6 +114,19 @@ def test_accumulated_batches_are_one_large_batch(steady_run, in_process, runs):
     assert codes == [0, 0], output
     for folder in ("accumulated", "both"):
         assert_same_training(path, runs("one")[0], runs(folder)[0])
+
+
+def test_the_process_group_is_left_at_the_end(write_run, in_process):
+    """Or gloo's threads abort the interpreter now and then as it ends, and torchrun calls a good run failed."""
+    path = write_run(max_epoch=1, valid_splits=[])
+
+    def whole():
+        assert main(["--cfg-path", path]) == 0
+        assert not torch.distributed.is_initialized()
+
+    codes, output = ranks(in_process, whole, "left")
+    assert codes == [0, 0], output
+    assert "Warning" not in output and "No validation splits" not in output, output
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(write_run, in_process, runs):
