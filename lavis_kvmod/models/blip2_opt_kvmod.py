@@ -252,15 +252,21 @@ class Blip2OPTKVMod(Blip2Base):
         return [KVPrefix(*of_layer) for of_layer in zip(key, value, gates)]
 
     def maybe_autocast(self, dtype: torch.dtype = torch.float16):
-        """As LAVIS, autocast on a GPU and none on the CPU; but in bfloat16, and then on both, if OPT is stored so.
+        """As LAVIS, autocast on a GPU and none on the CPU; but in bfloat16, and then on both, if a tower is stored so.
 
         A surrounding autocast (the runner's) stays in force.
         """
         device_type = self.device.type
-        in_bf16 = self.opt_model.dtype is torch.bfloat16
+        in_bf16 = self.stored_in_bf16
         if torch.is_autocast_enabled(device_type) or (device_type == "cpu" and not in_bf16):
             return contextlib.nullcontext()
         return torch.autocast(device_type, dtype=torch.bfloat16 if in_bf16 else dtype)
+
+    @property
+    def stored_in_bf16(self) -> bool:
+        """Whether the ViT or OPT has weights in bfloat16, which then all is computed in."""
+        towers = (self.opt_model, self.visual_encoder)
+        return any(p.dtype is torch.bfloat16 for tower in towers for p in tower.parameters())
 
     def float(self) -> "Blip2OPTKVMod":
         """What LAVIS's ``load_model`` calls for the CPU: trained parameters in float32, frozen half-precision ones in

@@ -499,16 +499,17 @@ def test_cached_features_do_not_depend_on_the_company(build, images):
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_half_precision_towers_on_the_cpu(build, images, monkeypatch, has_bf16):
+@pytest.mark.parametrize("vit, opt", [("fp16", "fp16"), ("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "fp16")])
+def test_half_precision_towers_on_the_cpu(build, images, monkeypatch, vit, opt, has_bf16):
     """`load_model` calls `float()`: frozen weights stay half as large where the processor has bfloat16."""
     from lavis_kvmod.models import blip2_opt_kvmod as module
 
     monkeypatch.setattr(module, "cpu_has_bf16", lambda: has_bf16)
     reference = build().eval()
-    model = build(vit_precision="fp16", opt_precision="fp16").float().eval()
+    model = build(vit_precision=vit, opt_precision=opt).float().eval()
     dtypes = {row.part: row.dtype for row in model.parts()}
-    assert dtypes["opt_model"] == ("bfloat16" if has_bf16 else "float32")
-    assert dtypes["visual_encoder"] == ("bfloat16+float32" if has_bf16 else "float32")
+    assert dtypes["opt_model"] == ("bfloat16" if has_bf16 and opt != "fp32" else "float32")
+    assert dtypes["visual_encoder"] == ("bfloat16+float32" if has_bf16 and vit != "fp32" else "float32")
     assert {row.dtype for row in model.parts() if row.trained} == {"float32"}
     batch = image_batch(images)
     loss, expected = model({**batch})["loss"], reference({**batch})["loss"]
