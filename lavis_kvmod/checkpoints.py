@@ -67,7 +67,9 @@ def read(path: PathLike, mmap: bool = False) -> Any:
             f"{path} carries code besides tensors ({code[1]}), so it was not opened; save it again with tensors and "
             "plain Python values only"
         ) from error
-    except (RuntimeError, EOFError, BadZipFile, KeyError, ValueError) as error:
+    except (OSError, MemoryError):  # the machine's fault, not the file's
+        raise
+    except Exception as error:  # what a damaged pickle raises is anything
         raise CheckpointError(_unreadable(path, error)) from error
 
 
