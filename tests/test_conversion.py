@@ -253,6 +253,26 @@ def test_rows_for_an_image_token_are_left_out(build, hf_folder, tmp_path):
         model.load_checkpoint(str(tmp_path / "fewer.safetensors"))
 
 
+@pytest.mark.parametrize("target", ["back.pth", "back.safetensors"])
+def test_lavis_takes_what_is_converted_with_rows_for_an_image_token(
+    files, stock, hf_folder, tmp_path, monkeypatch, target
+):
+    expected = read_all(files)
+    rows = len(expected["opt_model.model.decoder.embed_tokens.weight"])
+    monkeypatch.setattr(command.names, "OPT_ROWS", rows)
+    state = hf_tensors(hf_folder)
+    name = "language_model.model.decoder.embed_tokens.weight"
+    state[name] = torch.cat([state[name], torch.randn(32, 32)])
+    save_file(state, str(tmp_path / "more.safetensors"))
+    convert(tmp_path / "more.safetensors", tmp_path / target)
+    back = checkpoints.read_weights(tmp_path / target)
+    if target == "back.safetensors":  # holds nothing twice
+        back["opt_model.lm_head.weight"] = back["opt_model.model.decoder.embed_tokens.weight"]
+    assert_same(back, expected)
+    stock.load_state_dict(back)
+    assert (tmp_path / target).stat().st_size < 1.05 * sum(v.nbytes for v in expected.values())  # still tied
+
+
 def test_a_folder_that_computes_otherwise_is_told_or_refused(hf_folder, caplog, tmp_path):
     config = config_of(hf_folder)
 
