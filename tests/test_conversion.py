@@ -237,6 +237,14 @@ def test_a_folder_brings_its_own_towers(build, files, hf_folder, tmp_path, image
     assert torch.equal(model.encode(batch).soft_prompt, expected)
 
 
+def test_a_folder_fits_another_image_size(build, hf_folder):
+    """Its position embedding is interpolated as that of an image encoder's file is."""
+    larger = dict(kv_modulation=False, image_size=42)
+    expected = build(**larger, vit_checkpoint=str(hf_folder)).visual_encoder.pos_embed
+    found = build(**larger, pretrained=str(hf_folder)).visual_encoder.pos_embed
+    assert found.shape == (1, 10, 32) and torch.equal(found, expected)
+
+
 def test_rows_for_an_image_token_are_left_out(build, hf_folder, tmp_path):
     """Hugging Face's current folders have rows beyond OPT's vocabulary."""
     state = hf_tensors(hf_folder)

@@ -25,6 +25,7 @@ from lavis_kvmod.models.backbones import (
     FrozenOPT,
     build_language_model,
     build_vision_encoder,
+    interpolate_positions,
 )
 from lavis_kvmod.models.empty import empty_weights
 from lavis_kvmod.models.feature_cache import FrozenFeatureCache, FrozenFeatures
@@ -529,7 +530,7 @@ class Blip2OPTKVMod(Blip2Base):
 
     def _load_weights(self, state: checkpoints.StateDict, source) -> checkpoints.LoadReport:
         """`load_checkpoint`, of what was read from ``source``."""
-        state = self._within_vocabulary(state)
+        state = self._at_image_size(self._within_vocabulary(state))
         groups = ["visual_encoder.", "opt_model.", "aux_encoder.", "kv_"]
         if self._ln_vision_loaded:
             groups.append("ln_vision.")
@@ -551,6 +552,14 @@ class Blip2OPTKVMod(Blip2Base):
         rows = self.opt_model.get_input_embeddings().num_embeddings
         of_opt = ("opt_model.model.decoder.embed_tokens.weight", "opt_model.lm_head.weight")
         return {key: value[:rows] if key in of_opt else value for key, value in state.items()}
+
+    def _at_image_size(self, state: checkpoints.StateDict) -> checkpoints.StateDict:
+        """``state`` with the ViT's position embedding, if it holds one, brought to this model's image size."""
+        vit = {
+            key[len("visual_encoder.") :]: value for key, value in state.items() if key.startswith("visual_encoder.")
+        }
+        interpolate_positions(self.visual_encoder, vit)
+        return {**state, **{f"visual_encoder.{key}": value for key, value in vit.items()}}
 
     @classmethod
     def default_config_path(cls, model_type: str) -> str:
