@@ -91,31 +91,36 @@ class WeightFile:
             return self.source.count("/") == 1 and not self.source.startswith((".", "/", "~"))
         return _is_url(self.source)
 
-    def fetch(self) -> Path:
+    def fetch(self, alone: bool = False) -> Path:
         """The local path, after building or downloading if need be (rank 0 downloads, the others wait).
+
+        Args:
+            alone: only this process asks for it, and waits for no other. For files, not for folders.
 
         Raises:
             MissingWeightsError: if it can be had neither way.
             CheckpointError: if its SHA-256 is another than the one given.
         """
         require([self])
-        path = self._fetch()
+        path = self._fetch(alone)
         if self.sha256 is not None:
             check_sha256(path, self.sha256)
         return path
 
-    def _fetch(self) -> Path:
+    def _fetch(self, alone: bool) -> Path:
         if self.build is not None:
             return self.build()
         path = self.local_path()
         if path is not None:
             return path
         from lavis.common.dist_utils import download_cached_file
+        from timm.models import hub
 
         try:
             if self.is_hf_folder:
                 return _download_hf(self.source)
-            return Path(download_cached_file(self.source, check_hash=False, progress=True))
+            download = hub.download_cached_file if alone else download_cached_file
+            return Path(download(self.source, check_hash=False, progress=True))
         except OSError as error:
             raise MissingWeightsError(
                 f"{self.part}: downloading {self.source} failed ({error}); set {self.key} to a local file"
