@@ -91,23 +91,41 @@ def test_features_are_lavis_features(build, images):
 # ------------------------------------------------------------------ equality with LAVIS
 
 
-@pytest.mark.parametrize("ours", [dict(kv_modulation=False), dict(prefix_gate="tanh")], ids=str)
+def spied(opt_model, monkeypatch):
+    """The token ids that this language model will generate, call by call."""
+    generate, ids = opt_model.generate, []
+    monkeypatch.setattr(opt_model, "generate", lambda *args, **kwargs: ids.append(generate(*args, **kwargs)) or ids[-1])
+    return ids
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [dict(kv_modulation=False), dict(prefix_gate="tanh"), dict(kv_modulation=False, freeze_vit=False)],
+    ids=str,
+)
 @pytest.mark.parametrize("prompt", ["", "a photo of"])
-def test_equal_to_stock(build, stock, images, ours, prompt):
-    """Same weights, same loss, same gradients, same generated text."""
+def test_equal_to_stock(build, stock, images, monkeypatch, ours, prompt):
+    """Same weights, same Q-Former output, same loss, same gradients, same generated tokens."""
     model = build(prompt=prompt, **ours).eval()
     stock = stock.eval()
     stock.prompt = prompt
     stock.prompt_length = stock.opt_tokenizer(prompt, return_tensors="pt").attention_mask.sum(1)
     batch = image_batch(images, b=2)  # both captions start with the prompt
 
+    visual_tokens = stock.ln_vision(stock.visual_encoder(batch["image"]))
+    of_qformer = stock.Qformer.bert(
+        query_embeds=stock.query_tokens.expand(2, -1, -1), encoder_hidden_states=visual_tokens, return_dict=True
+    ).last_hidden_state
+    assert (model.encode(batch).query_output.last_hidden_state - of_qformer).abs().max() <= 1e-5
+
+    stock.visual_encoder.requires_grad_(not model.freeze_vit)
     loss, expected = model({**batch})["loss"], stock({**batch})["loss"]
     assert abs(loss - expected) <= 1e-5
 
     loss.backward()
     expected.backward()
     of_stock = dict(stock.named_parameters())
-    compared = 0
+    compared = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not name.startswith("kv_"):
             reference = of_stock[name].grad
@@ -115,10 +133,13 @@ def test_equal_to_stock(build, stock, images, ours, prompt):
                 assert not parameter.grad.any() and reference.abs().max() <= 1e-6, name
             else:
                 assert (parameter.grad - reference).norm() <= 1e-4 * reference.norm(), name
-            compared += 1
-    assert compared > 50
+            compared.add(name)
+    trained_by_lavis = {name for name, parameter in of_stock.items() if parameter.grad is not None}
+    assert trained_by_lavis - compared == ({"ln_vision.weight", "ln_vision.bias"} if model.freeze_vit else set())
+    assert compared <= trained_by_lavis
 
     del batch["text_input"]
+    ids, expected_ids = spied(model.opt_model, monkeypatch), spied(stock.opt_model, monkeypatch)
     for search in (dict(num_beams=1), dict(num_beams=5), dict(num_beams=4, num_captions=2)):
         assert model.generate({**batch}, max_length=8, **search) == stock.generate({**batch}, max_length=8, **search)
     sampled = dict(use_nucleus_sampling=True, num_captions=2, max_length=8, temperature=1.5)
@@ -126,6 +147,7 @@ def test_equal_to_stock(build, stock, images, ours, prompt):
     got = model.generate({**batch}, **sampled)
     torch.manual_seed(5)
     assert got == stock.generate({**batch}, **sampled)
+    assert len(ids) == 4 and all(torch.equal(*both) for both in zip(ids, expected_ids))
 
 
 def test_state_dict_keys_are_stock_keys_and_the_prefix(build, stock):
