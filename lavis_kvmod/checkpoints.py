@@ -44,9 +44,11 @@ def read(path: PathLike, mmap: bool = False) -> Any:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is truncated, not a checkpoint, or carries code.
+        CheckpointError: if it is truncated, a folder, not a checkpoint, or carries code.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; expected a .pth or .safetensors file")
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     if path.suffix == ".safetensors":

@@ -56,6 +56,8 @@ def test_truncated_and_foreign_files(tmp_path):
         (tmp_path / "old.pth").write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match="old.pth"):
             checkpoints.read(tmp_path / "old.pth")
+    with pytest.raises(CheckpointError, match="is a folder; expected a .pth or .safetensors file"):
+        checkpoints.read(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such checkpoint: .*missing.pth"):
         checkpoints.read(tmp_path / "missing.pth")
 

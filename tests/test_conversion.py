@@ -347,6 +347,13 @@ def test_a_prefix_is_refused_or_dropped(build, files, hf_folder, tmp_path):
     assert_same(checkpoints.read_weights(tmp_path / "ours.safetensors"), checkpoints.trained_state_dict(model))
 
 
+def test_an_image_encoder_without_blocks_is_not_whole(files, tmp_path):
+    vit = {k: v for k, v in checkpoints.read_weights(files.vit).items() if not k.startswith("blocks.")}
+    torch.save(vit, tmp_path / "vit.pth")
+    with pytest.raises(CheckpointError, match=r"is not whole:\n  .* missing:\n    visual_encoder.blocks.0."):
+        convert(files.blip2, tmp_path / "x", vit=tmp_path / "vit.pth", opt=files.opt, **HEADS)
+
+
 def test_what_a_folder_needs_is_named(files, tmp_path):
     def refused(match, source=files.blip2, error=CheckpointError, **options):
         with pytest.raises(error, match=match):

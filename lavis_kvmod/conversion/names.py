@@ -198,4 +198,4 @@ def missing(names: Iterable[str]) -> List[str]:
 
 
 def _up_to_last(numbers: List[int]) -> range:
-    return range(numbers[-1] + 1 if numbers else 0)
+    return range(numbers[-1] + 1 if numbers else 1)  # a whole model has one at least
