@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from lavis_kvmod import checkpoints
+from lavis_kvmod import Blip2OPTKVMod, checkpoints
 from lavis_kvmod.checkpoints import CheckpointError
 
 
@@ -539,6 +540,24 @@ def test_half_precision_towers_on_the_cpu(build, images, monkeypatch, vit, opt, 
     loss.backward()
     assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert len(model.generate({"image": batch["image"]}, num_beams=2, max_length=4)) == 3
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_half_precision_towers_through_lavis_loader(model_config, images, monkeypatch, tmp_path, has_bf16):
+    from lavis.models import load_model_and_preprocess
+
+    from lavis_kvmod.models import blip2_opt_kvmod as module
+
+    processors = {"vis_processor": {"eval": {"name": "blip_image_eval", "image_size": 28}}}
+    processors["text_processor"] = {"eval": {"name": "blip_caption"}}
+    cfg = {"model": model_config(vit_precision="fp16", opt_precision="fp16"), "preprocess": processors}
+    OmegaConf.save(OmegaConf.create(cfg), tmp_path / "small.yaml")
+    monkeypatch.setitem(Blip2OPTKVMod.PRETRAINED_MODEL_CONFIG_DICT, "demo", str(tmp_path / "small.yaml"))
+    monkeypatch.setattr(module, "cpu_has_bf16", lambda: has_bf16)
+    model, _, _ = load_model_and_preprocess("blip2_opt_kvmod", "demo", is_eval=True, device="cpu")
+    dtypes = {row.part: row.dtype for row in model.parts() if row.dtype != "float32"}
+    assert dtypes == ({"visual_encoder": "bfloat16+float32", "opt_model": "bfloat16"} if has_bf16 else {})
+    assert len(model.generate({"image": images(1)}, num_beams=2, max_length=3)) == 1
 
 
 def test_float32_towers_are_left_alone(build):
