@@ -83,13 +83,21 @@ class WeightFile:
             if _reachable(url):
                 return None
             return f"{self.part}: {url} is not in the download cache and cannot be reached; {remedy}"
+        if self._names_repository() and not self.is_hf_folder:
+            remedy += (
+                "; a Hugging Face repository is not downloaded for it, but the local folder of a BLIP-2's is taken"
+            )
         return f"{self.part}: no such {'folder' if self.is_hf_folder else 'file'} {self.source}; {remedy}"
 
     def _is_remote(self) -> bool:
         if self.is_hf_folder:
-            # "owner/name" names a repository; anything that looks more like a path is meant as one.
-            return self.source.count("/") == 1 and not self.source.startswith((".", "/", "~"))
+            return self._names_repository()
         return _is_url(self.source)
+
+    def _names_repository(self) -> bool:
+        """Whether it reads "owner/name"; anything that looks more like a path is meant as one."""
+        looks_like_a_path = self.source.startswith((".", "/", "~")) or self.source.endswith((".pth", ".safetensors"))
+        return self.source.count("/") == 1 and not looks_like_a_path
 
     def fetch(self, alone: bool = False) -> Path:
         """The local path, after building or downloading if need be (rank 0 downloads, the others wait).

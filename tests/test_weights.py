@@ -33,6 +33,12 @@ def test_all_that_is_missing_is_told_at_once(tmp_path):
     assert "no such folder ./no-folder; set model.opt_model to a local folder" in lines[2]
 
 
+def test_a_repository_is_not_a_file():
+    told = WeightFile("pretrained checkpoint", "Salesforce/blip2-opt-2.7b", "model.pretrained").problem()
+    assert "set model.pretrained to a local file; a Hugging Face repository is not downloaded for it, but" in told
+    assert "repository" not in WeightFile("checkpoint", "weights/blip2.pth", "model.pretrained").problem()
+
+
 def test_what_is_in_the_download_cache_needs_no_network(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     cached = tmp_path / "hub" / "checkpoints" / "there.pth"
