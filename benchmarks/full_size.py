@@ -4,12 +4,16 @@ Writes files of the published sizes where LAVIS, PyTorch and Hugging Face would 
 process of its own: loads and captions with `load_model_and_preprocess("blip2_opt_kvmod")` and measures peak memory;
 times the forward pass of one image with 16 text tokens; times the same in LAVIS's own `Blip2OPT` in float32, which is
 what LAVIS makes of the model on a CPU. Results go to output/full_size.json; the files (8 GB) are removed.
+
+On a processor with bf16 the exit status is 1 if they fall short of `MOST_GIB` or `LEAST_RATIO`; one without it computes
+in float32.
 """
 
 import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -18,6 +22,7 @@ import time
 from pathlib import Path
 
 RUNS = 5
+MOST_GIB, LEAST_RATIO = 10, 3
 TEXT_TOKENS = 16
 OPT_REPOSITORY = "models--facebook--opt-2.7b"
 
@@ -34,8 +39,10 @@ def main():
         steps = {"files": write_files, "ours": measure_ours, "stock": measure_stock}
         steps["convert"] = lambda: measure_conversion(args.convert_args)
         steps[args.step]()
-        return
+        return 0
 
+    # A process that is asked to end removes its files as one that is interrupted does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = Path(args.files or tempfile.mkdtemp(prefix="full_size.", dir="."))
     folder = folder.resolve()
     env = {**os.environ, "TORCH_HOME": str(folder / "torch"), "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
@@ -46,13 +53,16 @@ def main():
             (folder / "complete").touch()
         if args.convert:
             measure_conversions(folder, env)
-            return
+            return 0
         ours = run_step("ours", env)
         stock = run_step("stock", env)
     finally:
         if not args.files:
             shutil.rmtree(folder)
+    from lavis_kvmod.precision import cpu_has_bf16
+
     results = {
+        "cpu_bf16": cpu_has_bf16(),
         "peak_rss_gib": ours["peak_rss_gib"],
         "forward_s": ours["forward_s"],
         "stock_fp32_forward_s": stock["forward_s"],
@@ -65,6 +75,25 @@ def main():
     Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
     for name, value in results.items():
         print(f"{name:<26} {value}")
+    if not results["cpu_bf16"]:
+        print(
+            "This processor has no bf16, so the frozen weights were kept in float32, as LAVIS keeps them: memory is "
+            "about as much as LAVIS's, and the ratio near 1."
+        )
+        return 0
+    problems = shortfalls(results)
+    print("\n".join(problems))
+    return 1 if problems else 0
+
+
+def shortfalls(results) -> list:
+    """What a processor with bf16 should reach and did not."""
+    problems = []
+    if results["peak_rss_gib"] > MOST_GIB:
+        problems.append(f"peak_rss_gib: expected at most {MOST_GIB}, got {results['peak_rss_gib']}")
+    if results["ratio"] < LEAST_RATIO:
+        problems.append(f"ratio: expected at least {LEAST_RATIO}, got {results['ratio']}")
+    return problems
 
 
 def run_step(step: str, env, *arguments) -> dict:
@@ -93,7 +122,7 @@ def write_files():
     hub = Path(os.environ["TORCH_HOME"]) / "hub" / "checkpoints"
     snapshot = Path(os.environ["HF_HOME"]) / "hub" / OPT_REPOSITORY / "snapshots" / "random"
     for path in (hub, snapshot):
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
 
     def random_like(state, dtype):
         # Small enough for activations to stay finite, and cheap: every tensor is cut from one block of noise.
@@ -124,7 +153,7 @@ def write_files():
     torch.save(random_like(opt, torch.float16), snapshot / "pytorch_model.bin")
     write_tokenizer(snapshot)
     references = snapshot.parent.parent / "refs"
-    references.mkdir()
+    references.mkdir(exist_ok=True)
     (references / "main").write_text("random")
 
 
@@ -256,4 +285,4 @@ def report(model, image, peak_gib: float, **more):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -44,9 +44,11 @@ def read(path: PathLike, mmap: bool = False) -> Any:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is truncated, not a checkpoint, or carries code.
+        CheckpointError: if it is truncated, a folder, not a checkpoint, or carries code.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; expected a .pth or .safetensors file")
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     if path.suffix == ".safetensors":
@@ -67,7 +69,9 @@ def read(path: PathLike, mmap: bool = False) -> Any:
             f"{path} carries code besides tensors ({code[1]}), so it was not opened; save it again with tensors and "
             "plain Python values only"
         ) from error
-    except (RuntimeError, EOFError, BadZipFile, KeyError, ValueError) as error:
+    except (OSError, MemoryError):  # the machine's fault, not the file's
+        raise
+    except Exception as error:  # what a damaged pickle raises is anything
         raise CheckpointError(_unreadable(path, error)) from error
 
 

@@ -110,13 +110,7 @@ def load_config(cfg_path: str, options: Sequence[str] = (), *, data_only: bool =
         ConfigurationError: listing all that is wrong.
     """
     path = resolve_config(cfg_path)
-    try:
-        raw = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(options)))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigurationError(path, [f"not a YAML file LAVIS can read: {error}"]) from error
-    except Exception as error:  # PyYAML's errors share no base that OmegaConf exposes
-        raise ConfigurationError(path, [f"not valid YAML: {error}"]) from error
-
+    raw = _read(path, options)
     problems = _name_problems(raw) + _use_cache_root(raw)
     if problems:  # names decide which defaults to merge, so nothing more can be checked
         if not data_only:
@@ -129,6 +123,24 @@ def load_config(cfg_path: str, options: Sequence[str] = (), *, data_only: bool =
     if problems:
         raise ConfigurationError(path, problems)
     return cfg
+
+
+def read_config(cfg_path: str, options: Sequence[str] = ()) -> KVModConfig:
+    """A run file, merged as by `load_config`; of what it says only the names are checked. Raises as `load_config`."""
+    path = resolve_config(cfg_path)
+    problems = _name_problems(_read(path, options))
+    if problems:
+        raise ConfigurationError(path, problems)
+    return KVModConfig(path, options)
+
+
+def _read(path, options: Sequence[str]) -> DictConfig:
+    try:
+        return OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(options)))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigurationError(path, [f"not a YAML file LAVIS can read: {error}"]) from error
+    except Exception as error:  # PyYAML's errors share no base that OmegaConf exposes
+        raise ConfigurationError(path, [f"not valid YAML: {error}"]) from error
 
 
 def _unknown(what: str, got, known: Sequence[str]) -> str:

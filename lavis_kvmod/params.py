@@ -2,10 +2,9 @@
 
 import argparse
 
-from lavis_kvmod.config import ARCH, KVModConfig
+from lavis_kvmod.config import ARCH, read_config
 from lavis_kvmod.models.blip2_opt_kvmod import Blip2OPTKVMod
 from lavis_kvmod.models.parts import parts_table
-from lavis_kvmod.paths import resolve_config
 
 TYPES = tuple(Blip2OPTKVMod.PRETRAINED_MODEL_CONFIG_DICT)
 
@@ -24,17 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print the table; returns the exit status."""
-    from omegaconf import OmegaConf
-
-    if args.cfg_path:
-        cfg = KVModConfig(resolve_config(args.cfg_path), args.options).model_cfg
-        if cfg.arch != ARCH:
-            raise SystemExit(f"error: {args.cfg_path} names {cfg.arch}; this command counts {ARCH}")
-    else:
-        defaults = OmegaConf.load(Blip2OPTKVMod.default_config_path(args.model_type))
-        cfg = OmegaConf.merge(defaults, OmegaConf.from_dotlist(args.options)).model
     try:
-        print(parts_table(Blip2OPTKVMod.without_weights(cfg).parts()))
+        print(parts_table(Blip2OPTKVMod.without_weights(_model_config(args)).parts()))
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
     return 0
+
+
+def _model_config(args: argparse.Namespace):
+    from omegaconf import OmegaConf
+
+    if not args.cfg_path:
+        defaults = OmegaConf.load(Blip2OPTKVMod.default_config_path(args.model_type))
+        return OmegaConf.merge(defaults, OmegaConf.from_dotlist(args.options)).model
+    cfg = read_config(args.cfg_path, args.options).model_cfg
+    if cfg.arch != ARCH:
+        raise ValueError(f"{args.cfg_path} names {cfg.arch}; this command counts {ARCH}")
+    return cfg

@@ -4,11 +4,13 @@
 ``false``. Parameters that are trained are float32 in every case.
 """
 
+from pathlib import Path
 from typing import List, Optional
 
 import torch
 
 AMP_VALUES = (True, False, "fp16", "bf16")
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def amp_dtype(amp, device_type: str) -> Optional[torch.dtype]:
@@ -30,8 +32,12 @@ def needs_grad_scaler(amp, device_type: str) -> bool:
 
 def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bfloat16 matrices itself (AVX512-BF16, AMX, or Arm's)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    names = {"avx512_bf16", "amx_bf16", "bf16"}
+    if hasattr(torch.cpu, "get_capabilities"):
+        return any(present for name, present in torch.cpu.get_capabilities().items() if name in names)
+    # An older PyTorch does not tell, but Linux does.
+    listed = _CPUINFO.read_text().split() if _CPUINFO.is_file() else ()
+    return not names.isdisjoint(listed)
 
 
 def frozen_dtype_on_cpu(stored: torch.dtype, has_bf16: bool) -> torch.dtype:

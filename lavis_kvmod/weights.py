@@ -83,39 +83,52 @@ class WeightFile:
             if _reachable(url):
                 return None
             return f"{self.part}: {url} is not in the download cache and cannot be reached; {remedy}"
+        if self._names_repository() and not self.is_hf_folder:
+            remedy += (
+                "; a Hugging Face repository is not downloaded for it, but the local folder of a BLIP-2's is taken"
+            )
         return f"{self.part}: no such {'folder' if self.is_hf_folder else 'file'} {self.source}; {remedy}"
 
     def _is_remote(self) -> bool:
         if self.is_hf_folder:
-            # "owner/name" names a repository; anything that looks more like a path is meant as one.
-            return self.source.count("/") == 1 and not self.source.startswith((".", "/", "~"))
+            return self._names_repository()
         return _is_url(self.source)
 
-    def fetch(self) -> Path:
+    def _names_repository(self) -> bool:
+        """Whether it reads "owner/name"; anything that looks more like a path is meant as one."""
+        looks_like_a_path = self.source.startswith((".", "/", "~")) or self.source.endswith((".pth", ".safetensors"))
+        return self.source.count("/") == 1 and not looks_like_a_path
+
+    def fetch(self, alone: bool = False) -> Path:
         """The local path, after building or downloading if need be (rank 0 downloads, the others wait).
+
+        Args:
+            alone: only this process asks for it, and waits for no other. For files, not for folders.
 
         Raises:
             MissingWeightsError: if it can be had neither way.
             CheckpointError: if its SHA-256 is another than the one given.
         """
         require([self])
-        path = self._fetch()
+        path = self._fetch(alone)
         if self.sha256 is not None:
             check_sha256(path, self.sha256)
         return path
 
-    def _fetch(self) -> Path:
+    def _fetch(self, alone: bool) -> Path:
         if self.build is not None:
             return self.build()
         path = self.local_path()
         if path is not None:
             return path
         from lavis.common.dist_utils import download_cached_file
+        from timm.models import hub
 
         try:
             if self.is_hf_folder:
                 return _download_hf(self.source)
-            return Path(download_cached_file(self.source, check_hash=False, progress=True))
+            download = hub.download_cached_file if alone else download_cached_file
+            return Path(download(self.source, check_hash=False, progress=True))
         except OSError as error:
             raise MissingWeightsError(
                 f"{self.part}: downloading {self.source} failed ({error}); set {self.key} to a local file"

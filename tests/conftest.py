@@ -1,6 +1,8 @@
 """Small real models: LAVIS's own classes and real files, at a geometry that runs in milliseconds."""
 
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -212,6 +214,19 @@ def vqa_batch():
         "n_answers": torch.tensor([3, 1]),
         "prompt": "Question: {} Short answer:",
     }
+
+
+@pytest.fixture()
+def served(tmp_path, monkeypatch):
+    """A folder and the URL that a server on this machine has it under, with an empty download cache."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield SimpleNamespace(folder=folder, url=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
 
 
 # ---------------------------------------------------------------- benchmarks, in their layouts

@@ -50,6 +50,14 @@ def test_truncated_and_foreign_files(tmp_path):
             checkpoints.read(tmp_path / name)
         assert name in checkpoints.quick_problem(tmp_path / name)
     assert checkpoints.quick_problem(tmp_path / "good.pth") is None
+    torch.save(STATE, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "old.pth").read_bytes()
+    for length in range(0, len(whole), 7):
+        (tmp_path / "old.pth").write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="old.pth"):
+            checkpoints.read(tmp_path / "old.pth")
+    with pytest.raises(CheckpointError, match="is a folder; expected a .pth or .safetensors file"):
+        checkpoints.read(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such checkpoint: .*missing.pth"):
         checkpoints.read(tmp_path / "missing.pth")
 

@@ -237,6 +237,14 @@ def test_a_folder_brings_its_own_towers(build, files, hf_folder, tmp_path, image
     assert torch.equal(model.encode(batch).soft_prompt, expected)
 
 
+def test_a_folder_fits_another_image_size(build, hf_folder):
+    """Its position embedding is interpolated as that of an image encoder's file is."""
+    larger = dict(kv_modulation=False, image_size=42)
+    expected = build(**larger, vit_checkpoint=str(hf_folder)).visual_encoder.pos_embed
+    found = build(**larger, pretrained=str(hf_folder)).visual_encoder.pos_embed
+    assert found.shape == (1, 10, 32) and torch.equal(found, expected)
+
+
 def test_rows_for_an_image_token_are_left_out(build, hf_folder, tmp_path):
     """Hugging Face's current folders have rows beyond OPT's vocabulary."""
     state = hf_tensors(hf_folder)
@@ -251,6 +259,26 @@ def test_rows_for_an_image_token_are_left_out(build, hf_folder, tmp_path):
     save_file(state, str(tmp_path / "fewer.safetensors"))
     with pytest.raises(CheckpointError, match=r"2 of another shape:\n    opt_model.model.decoder.embed_tokens.weight"):
         model.load_checkpoint(str(tmp_path / "fewer.safetensors"))
+
+
+@pytest.mark.parametrize("target", ["back.pth", "back.safetensors"])
+def test_lavis_takes_what_is_converted_with_rows_for_an_image_token(
+    files, stock, hf_folder, tmp_path, monkeypatch, target
+):
+    expected = read_all(files)
+    rows = len(expected["opt_model.model.decoder.embed_tokens.weight"])
+    monkeypatch.setattr(command.names, "OPT_ROWS", rows)
+    state = hf_tensors(hf_folder)
+    name = "language_model.model.decoder.embed_tokens.weight"
+    state[name] = torch.cat([state[name], torch.randn(32, 32)])
+    save_file(state, str(tmp_path / "more.safetensors"))
+    convert(tmp_path / "more.safetensors", tmp_path / target)
+    back = checkpoints.read_weights(tmp_path / target)
+    if target == "back.safetensors":  # holds nothing twice
+        back["opt_model.lm_head.weight"] = back["opt_model.model.decoder.embed_tokens.weight"]
+    assert_same(back, expected)
+    stock.load_state_dict(back)
+    assert (tmp_path / target).stat().st_size < 1.05 * sum(v.nbytes for v in expected.values())  # still tied
 
 
 def test_a_folder_that_computes_otherwise_is_told_or_refused(hf_folder, caplog, tmp_path):
@@ -317,6 +345,13 @@ def test_a_prefix_is_refused_or_dropped(build, files, hf_folder, tmp_path):
     assert_same(hf_tensors(tmp_path / "x"), hf_tensors(hf_folder))
     convert(tmp_path / "ours.pth", tmp_path / "ours.safetensors")  # our own names have a place for it
     assert_same(checkpoints.read_weights(tmp_path / "ours.safetensors"), checkpoints.trained_state_dict(model))
+
+
+def test_an_image_encoder_without_blocks_is_not_whole(files, tmp_path):
+    vit = {k: v for k, v in checkpoints.read_weights(files.vit).items() if not k.startswith("blocks.")}
+    torch.save(vit, tmp_path / "vit.pth")
+    with pytest.raises(CheckpointError, match=r"is not whole:\n  .* missing:\n    visual_encoder.blocks.0."):
+        convert(files.blip2, tmp_path / "x", vit=tmp_path / "vit.pth", opt=files.opt, **HEADS)
 
 
 def test_what_a_folder_needs_is_named(files, tmp_path):

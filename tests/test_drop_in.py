@@ -144,9 +144,6 @@ def test_zero_shot_vqa_of_lavis_main(small, cache, tmp_path):
     head = {"info": {}, "task_type": "", "data_type": "", "data_subtype": "", "license": {}}
     rows = [{"image": n, "question": q["question"], "question_id": q["question_id"]} for n, q in zip(names, questions)]
     contents = {
-        "vqa_train.json": [],
-        "vqa_val.json": [],
-        "vqa_test.json": rows,
         "vqa_val_eval.json": rows,
         "answer_list.json": [],
         "v2_OpenEnded_mscoco_val2014_questions.json": {**head, "questions": questions},
@@ -159,6 +156,7 @@ def test_zero_shot_vqa_of_lavis_main(small, cache, tmp_path):
 model: {arch: blip2_opt_kvmod, model_type: pretrain_opt2.7b, use_grad_checkpoint: false}
 datasets:
   coco_vqa:
+    type: eval
     vis_processor: {eval: {name: blip_image_eval, image_size: 28}}
     text_processor: {eval: {name: blip_question}}
 run:

@@ -1,6 +1,11 @@
+import hashlib
+import shutil
+
 import pytest
+import torch
 
 from lavis_kvmod import weights
+from lavis_kvmod.checkpoints import CheckpointError
 from lavis_kvmod.weights import MissingWeightsError, WeightFile
 
 URL = "https://127.0.0.1:9/never/there.pth"
@@ -28,6 +33,12 @@ def test_all_that_is_missing_is_told_at_once(tmp_path):
     assert "no such folder ./no-folder; set model.opt_model to a local folder" in lines[2]
 
 
+def test_a_repository_is_not_a_file():
+    told = WeightFile("pretrained checkpoint", "Salesforce/blip2-opt-2.7b", "model.pretrained").problem()
+    assert "set model.pretrained to a local file; a Hugging Face repository is not downloaded for it, but" in told
+    assert "repository" not in WeightFile("checkpoint", "weights/blip2.pth", "model.pretrained").problem()
+
+
 def test_what_is_in_the_download_cache_needs_no_network(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     cached = tmp_path / "hub" / "checkpoints" / "there.pth"
@@ -36,6 +47,24 @@ def test_what_is_in_the_download_cache_needs_no_network(tmp_path, monkeypatch):
     file = WeightFile("checkpoint", URL, "model.pretrained")
     assert file.problem() is None
     assert file.fetch() == cached
+
+
+def test_a_checkpoint_by_url(build, files, served):
+    """Downloaded once; a file that is not there, or not the one that was meant, is told."""
+    shutil.copy(files.blip2, served.folder / "blip2.pth")
+    digest = hashlib.sha256(files.blip2.read_bytes()).hexdigest()
+    url = f"{served.url}/blip2.pth"
+    expected = build().state_dict()
+    model = build(pretrained=f"{url}#sha256={digest}")
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    (served.folder / "blip2.pth").unlink()
+    tuned = build(seed=4, load_finetuned=True, finetuned=f"{url}#sha256={digest}", pretrained=None)
+    assert torch.equal(tuned.opt_proj.weight, model.opt_proj.weight)
+    build(seed=5, pretrained=None).load_checkpoint(f"{url}#sha256={digest}")
+    with pytest.raises(CheckpointError, match=f"blip2.pth is not the file that was meant: .* got {digest}"):
+        build(pretrained=f"{url}#sha256={'0' * 64}")
+    with pytest.raises(MissingWeightsError, match=f"{served.url}/none.pth is not in the download cache and cannot be"):
+        build(pretrained=f"{served.url}/none.pth")
 
 
 def test_offline_is_offline(monkeypatch):

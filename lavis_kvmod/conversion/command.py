@@ -62,8 +62,9 @@ def convert(
 ) -> None:
     """Write the checkpoint ``source`` as ``target``; nothing is left of ``target`` if that fails.
 
-    Numbers and dtypes stay as they are. What is held in memory is about one tensor, the largest; a ``.pth`` file of
-    PyTorch before 1.6 alone is read as a whole.
+    Numbers and dtypes stay as they are; only the rows that Hugging Face adds to OPT's embeddings, for an image token,
+    are left out of a file, which LAVIS would not load with them. What is held in memory is about one tensor, the
+    largest; a ``.pth`` file of PyTorch before 1.6 alone is read as a whole.
 
     Args:
         source: ``.pth`` (LAVIS's or ours), ``.safetensors``, or a Hugging Face folder; a path or URL, with
@@ -87,7 +88,9 @@ def convert(
     tensors, config = found.tensors, found.config
     if drop_prefix:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(names.PREFIX)}
-    if kind == "folder":
+    if kind != "folder":
+        tensors = names.within_vocabulary(tensors)
+    else:
         tensors = _whole_stock_model(tensors, source)
         if config is None and found.opt_config is None:
             raise CheckpointError(

@@ -56,6 +56,8 @@ HF_QKV_BIAS = _HF_BLOCK + "self_attn.qkv.bias"
 POSITION_IDS = "Qformer.bert.embeddings.position_ids"
 # OPT's output embedding is its input embedding.
 LM_HEAD, EMBEDDING = "opt_model.lm_head.weight", "opt_model.model.decoder.embed_tokens.weight"
+# Rows of the published OPTs' embeddings.
+OPT_ROWS = 50272
 # What this package adds, and Hugging Face's BLIP-2 has no place for.
 PREFIX = ("kv_prefix.", "kv_gate", "aux_encoder.")
 
@@ -157,6 +159,14 @@ def to_lavis(tensors: Tensors, source, positions: int = 512) -> Dict[str, LazyTe
     return converted
 
 
+def within_vocabulary(tensors: Tensors) -> Dict[str, LazyTensor]:
+    """``tensors`` (LAVIS's names) with OPT's embeddings cut to the rows that OPT has: Hugging Face adds some."""
+    return {
+        name: tensor.rows(0, OPT_ROWS) if name in (EMBEDDING, LM_HEAD) and tensor.shape[0] > OPT_ROWS else tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def layers(names: Iterable[str], prefix: str) -> List[int]:
     """The numbers behind ``prefix`` (such as ``visual_encoder.blocks.``) in these names, sorted."""
     found = {re.match(re.escape(prefix) + r"(\d+)\.", name) for name in names if name.startswith(prefix)}
@@ -188,4 +198,4 @@ def missing(names: Iterable[str]) -> List[str]:
 
 
 def _up_to_last(numbers: List[int]) -> range:
-    return range(numbers[-1] + 1 if numbers else 0)
+    return range(numbers[-1] + 1 if numbers else 1)  # a whole model has one at least

@@ -62,7 +62,8 @@ class LazyTensor:
 
     def rows(self, start: int, stop: int) -> "LazyTensor":
         """Rows ``start`` to ``stop`` of it."""
-        return LazyTensor(self.dtype, (stop - start, *self.shape[1:]), lambda: self.read()[start:stop])
+        data = None if self.data is None else (self.data, start, stop)
+        return LazyTensor(self.dtype, (stop - start, *self.shape[1:]), lambda: self.read()[start:stop], data)
 
 
 class TensorFiles:

@@ -5,10 +5,9 @@ from typing import Any, Dict, List
 
 from omegaconf import OmegaConf
 
-from lavis_kvmod.config import ARCH, KVModConfig
+from lavis_kvmod.config import ARCH, KVModConfig, read_config
 from lavis_kvmod.memory.estimate import MemoryEstimate, estimate
 from lavis_kvmod.memory.runs import GIB, evaluation_step, training_step
-from lavis_kvmod.paths import resolve_config
 from lavis_kvmod.reports.markdown import table
 
 DEFAULT_RUN_FILE = "projects/kvmod/vqa.yaml"
@@ -34,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print both tables; returns the exit status."""
     try:
-        cfg = KVModConfig(resolve_config(args.cfg_path), args.options)
+        cfg = read_config(args.cfg_path, args.options)
         if cfg.model_cfg.arch != ARCH:
             raise ValueError(f"{args.cfg_path} names {cfg.model_cfg.arch}; this command knows {ARCH}")
         print(tables(cfg, args.batch_sizes))

@@ -162,7 +162,7 @@ def _compute_dtype(model: Blip2OPTKVMod, amp, device: str) -> Optional[torch.dty
     of_run = amp_dtype(amp, device)
     if of_run is not None:
         return of_run
-    if model.opt_model.dtype is torch.bfloat16:
+    if model.stored_in_bf16:
         return torch.bfloat16
     return torch.float16 if device == "cuda" else None
 

@@ -8,13 +8,13 @@ import operator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterable, Mapping, NamedTuple, Optional
 
 import torch
 from lavis.models import clip_vit, eva_vit
 from lavis.models.blip2_models.blip2 import LayerNorm
 from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTForCausalLM
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from lavis_kvmod.checkpoints import CheckpointError, load_weights, read_folder, read_weights
@@ -34,7 +34,6 @@ class VisionEncoder:
     """How one ``vit_model`` is built and where its weights are."""
 
     build: Callable[..., nn.Module]
-    interpolate: Callable[[nn.Module, dict], None]
     blocks: Callable[[nn.Module], Iterable[nn.Module]] = operator.attrgetter("blocks")
     url: Optional[str] = None
     build_weights: Optional[Callable[[], Path]] = None  # instead of an address
@@ -82,14 +81,13 @@ def _demo_language_model() -> Path:
 
 
 VISION_ENCODERS = {
-    "eva_clip_g": VisionEncoder(_eva_clip_g, eva_vit.interpolate_pos_embed, url=f"{BLIP2_FILES}/eva_vit_g.pth"),
+    "eva_clip_g": VisionEncoder(_eva_clip_g, url=f"{BLIP2_FILES}/eva_vit_g.pth"),
     "clip_L": VisionEncoder(
         _clip_l,
-        clip_vit.interpolate_pos_embed,
         blocks=operator.attrgetter("transformer.resblocks"),
         url=f"{BLIP2_FILES}/clip_vit_L.pth",
     ),
-    "demo": VisionEncoder(_demo_vit, eva_vit.interpolate_pos_embed, build_weights=_demo_vision_weights),
+    "demo": VisionEncoder(_demo_vit, build_weights=_demo_vision_weights),
 }
 
 
@@ -102,6 +100,12 @@ def vision_weights(name: str, checkpoint: Optional[str] = None) -> WeightFile:
         "model.vit_checkpoint",
         build=None if checkpoint else encoder.build_weights,
     )
+
+
+def interpolate_positions(vit: nn.Module, state: Dict[str, Tensor]) -> None:
+    """Bring the position embedding in ``state`` (the ViT's names), if there is one, to the image size of ``vit``."""
+    module = clip_vit if isinstance(vit, clip_vit.VisionTransformer) else eva_vit
+    module.interpolate_pos_embed(vit, state)
 
 
 class Vision(NamedTuple):
@@ -152,7 +156,7 @@ def build_vision_encoder(
         load_weights(ln_vision, norm, source=path)
     prefixed = {k[len("visual_encoder.") :]: v for k, v in state.items() if k.startswith("visual_encoder.")}
     state = prefixed or state
-    encoder.interpolate(vit, state)
+    interpolate_positions(vit, state)
     own = set(vit.state_dict())
     if not own & set(state):
         raise CheckpointError(f"{path} holds no weights of the image encoder {name}")

@@ -25,6 +25,7 @@ from lavis_kvmod.models.backbones import (
     FrozenOPT,
     build_language_model,
     build_vision_encoder,
+    interpolate_positions,
 )
 from lavis_kvmod.models.empty import empty_weights
 from lavis_kvmod.models.feature_cache import FrozenFeatureCache, FrozenFeatures
@@ -252,15 +253,21 @@ class Blip2OPTKVMod(Blip2Base):
         return [KVPrefix(*of_layer) for of_layer in zip(key, value, gates)]
 
     def maybe_autocast(self, dtype: torch.dtype = torch.float16):
-        """As LAVIS, autocast on a GPU and none on the CPU; but in bfloat16, and then on both, if OPT is stored so.
+        """As LAVIS, autocast on a GPU and none on the CPU; but in bfloat16, and then on both, if a tower is stored so.
 
         A surrounding autocast (the runner's) stays in force.
         """
         device_type = self.device.type
-        in_bf16 = self.opt_model.dtype is torch.bfloat16
+        in_bf16 = self.stored_in_bf16
         if torch.is_autocast_enabled(device_type) or (device_type == "cpu" and not in_bf16):
             return contextlib.nullcontext()
         return torch.autocast(device_type, dtype=torch.bfloat16 if in_bf16 else dtype)
+
+    @property
+    def stored_in_bf16(self) -> bool:
+        """Whether the ViT or OPT has weights in bfloat16, which then all is computed in."""
+        towers = (self.opt_model, self.visual_encoder)
+        return any(p.dtype is torch.bfloat16 for tower in towers for p in tower.parameters())
 
     def float(self) -> "Blip2OPTKVMod":
         """What LAVIS's ``load_model`` calls for the CPU: trained parameters in float32, frozen half-precision ones in
@@ -523,7 +530,7 @@ class Blip2OPTKVMod(Blip2Base):
 
     def _load_weights(self, state: checkpoints.StateDict, source) -> checkpoints.LoadReport:
         """`load_checkpoint`, of what was read from ``source``."""
-        state = self._within_vocabulary(state)
+        state = self._at_image_size(self._within_vocabulary(state))
         groups = ["visual_encoder.", "opt_model.", "aux_encoder.", "kv_"]
         if self._ln_vision_loaded:
             groups.append("ln_vision.")
@@ -545,6 +552,14 @@ class Blip2OPTKVMod(Blip2Base):
         rows = self.opt_model.get_input_embeddings().num_embeddings
         of_opt = ("opt_model.model.decoder.embed_tokens.weight", "opt_model.lm_head.weight")
         return {key: value[:rows] if key in of_opt else value for key, value in state.items()}
+
+    def _at_image_size(self, state: checkpoints.StateDict) -> checkpoints.StateDict:
+        """``state`` with the ViT's position embedding, if it holds one, brought to this model's image size."""
+        vit = {
+            key[len("visual_encoder.") :]: value for key, value in state.items() if key.startswith("visual_encoder.")
+        }
+        interpolate_positions(self.visual_encoder, vit)
+        return {**state, **{f"visual_encoder.{key}": value for key, value in vit.items()}}
 
     @classmethod
     def default_config_path(cls, model_type: str) -> str:

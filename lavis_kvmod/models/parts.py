@@ -34,7 +34,7 @@ def parts_table(parts: Sequence[PartSummary]) -> str:
     totals = {"all trained": [p for p in parts if p.trained], "all frozen": [p for p in parts if not p.trained]}
     for name, members in {**totals, "all": list(parts)}.items():
         rows.append(_cells(name, sum(p.parameters for p in members), "", "", sum(p.bytes for p in members)))
-    head = ("part", "parameters", "state", "dtype", "MiB")
+    head = ("part", "parameters", "state", "dtype", "bytes")
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     return "\n".join(
         f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d:<{widths[3]}}  {e:>{widths[4]}}"
@@ -43,4 +43,4 @@ def parts_table(parts: Sequence[PartSummary]) -> str:
 
 
 def _cells(name: str, parameters: int, state: str, dtype: str, size: int):
-    return name, f"{parameters:,}", state, dtype, f"{size / 2**20:,.1f}"
+    return name, f"{parameters:,}", state, dtype, f"{size:,}"

@@ -121,6 +121,9 @@ class ModelSettings:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 found.append(f"{key}: expected a whole number above 0, got {value!r}")
+        for key in ("vit_geometry", "qformer_geometry"):
+            if not isinstance(getattr(self, key), dict):
+                found.append(f"{key}: expected a table of sizes, got {getattr(self, key)!r}")
         if not auxiliary.is_known(self.aux_encoder):
             found.append(auxiliary.unknown_auxiliary_encoder(self.aux_encoder))
         if self.load_finetuned and not self.finetuned:

@@ -36,6 +36,7 @@ from lavis_kvmod.runners.signals import StopSignals
 from lavis_kvmod.runners.steps import GradientStep
 from lavis_kvmod.runners.training_state import RunState
 from lavis_kvmod.sharding import shard_language_model
+from lavis_kvmod.weights import WeightFile
 
 
 class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
@@ -71,7 +72,7 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
             resume = None if run_cfg.evaluate else run_cfg.get("resume_ckpt_path", None)
             checkpoint = None
             if resume and resume != "auto":
-                checkpoint = Path(resume).expanduser()
+                checkpoint = WeightFile("checkpoint to resume from", resume, "run.resume_ckpt_path").fetch(alone=True)
                 problem = checkpoint_problem(checkpoint)
                 if problem is not None:
                     raise CheckpointError(problem)

@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from lavis_kvmod import Blip2OPTKVMod
 from lavis_kvmod.memory.estimate import estimate
 from lavis_kvmod.memory.ledger import Ledger
-from lavis_kvmod.models import backbones
+from lavis_kvmod.models import backbones, blip2_opt_kvmod
 
 QUERIES = 5  # of the small models in conftest.py
 
@@ -45,22 +45,27 @@ def real_step(model, batch):
 
 
 NO_PREFIX = {"kv_modulation": False}  # EfficientNet's forward pass would hold more than the backward pass
+HALF = {"opt_precision": "bf16", "vit_precision": "bf16"}  # which a CPU without bf16 keeps in float32
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    "overrides, has_bf16",
     [
-        NO_PREFIX,
-        {**NO_PREFIX, "opt_grad_checkpoint": True},
-        {**NO_PREFIX, "opt_precision": "bf16", "vit_precision": "bf16"},
-        pytest.param({**NO_PREFIX, "freeze_vit": False, "use_grad_checkpoint": True}, marks=pytest.mark.slow),
-        pytest.param({**NO_PREFIX, "freeze_vit": False}, marks=pytest.mark.slow),
-        pytest.param({"prefix_gate": "tanh", "prefix_sharing": "per_layer"}, marks=pytest.mark.slow),
-        pytest.param({"opt_precision": "bf16", "vit_precision": "bf16"}, marks=pytest.mark.slow),
+        (NO_PREFIX, True),
+        ({**NO_PREFIX, "opt_grad_checkpoint": True}, True),
+        ({**NO_PREFIX, **HALF}, True),
+        ({**NO_PREFIX, **HALF}, False),
+        ({**NO_PREFIX, "vit_precision": "bf16"}, True),
+        pytest.param({**NO_PREFIX, "freeze_vit": False, "use_grad_checkpoint": True}, True, marks=pytest.mark.slow),
+        pytest.param({**NO_PREFIX, "freeze_vit": False}, True, marks=pytest.mark.slow),
+        pytest.param({"prefix_gate": "tanh", "prefix_sharing": "per_layer"}, True, marks=pytest.mark.slow),
+        pytest.param(HALF, True, marks=pytest.mark.slow),
+        pytest.param(HALF, False, marks=pytest.mark.slow),
     ],
 )
-def test_a_training_step_takes_what_was_computed(build, model_config, images, overrides):
-    model = build(**overrides).train()
+def test_a_training_step_takes_what_was_computed(build, model_config, images, monkeypatch, overrides, has_bf16):
+    monkeypatch.setattr(blip2_opt_kvmod, "cpu_has_bf16", lambda: has_bf16)
+    model = build(**overrides).float().train()  # as LAVIS's loader has it on the CPU
     batch = {"image": images(80), "text_input": [CAPTION] * 80}  # enough for activations to outweigh AdamW
     kept, saved, peak = real_step(model, batch)
     found = estimate(model_config(**overrides), batch_size=80, text_length=caption_tokens(model), device="cpu")

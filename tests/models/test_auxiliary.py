@@ -66,7 +66,9 @@ def test_lite0_brings_its_imagenet_weights():
     assert encoder.backbone._bn1.running_var.std() > 0  # trained statistics, not ones
 
 
-@pytest.mark.parametrize("name, width", [("timm:efficientnet_lite0", 1280), ("timm:resnet18", 512)])
+@pytest.mark.parametrize(
+    "name, width", [("timm:efficientnet_lite0", 1280), ("timm:efficientnet_b3", 1536), ("timm:resnet18", 512)]
+)
 def test_timm_encoders(tmp_path, name, width):
     import timm
 
@@ -76,12 +78,14 @@ def test_timm_encoders(tmp_path, name, width):
     assert encoder(torch.randn(2, 3, 64, 64)).shape == (2, width)
 
 
-@pytest.mark.parametrize("wrap", ["bare", "state_dict", "model", "module."])
+@pytest.mark.parametrize("wrap", ["bare", "state_dict", "model", "module.", "bare module."])
 def test_wrapped_files_and_any_number_of_classes(tmp_path, wrap):
     state = EfficientNet.from_name("efficientnet-b0", num_classes=27).state_dict()
     plain = build_auxiliary_encoder_from(state, tmp_path / "plain.pth")
     if wrap == "module.":
         state = {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}
+    elif wrap == "bare module.":
+        state = {f"module.{k}": v for k, v in state.items()}
     elif wrap != "bare":
         state = {wrap: state, "epoch": 3}
     wrapped = build_auxiliary_encoder_from(state, tmp_path / "wrapped.pth")

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from lavis_kvmod import checkpoints
+from lavis_kvmod import Blip2OPTKVMod, checkpoints
 from lavis_kvmod.checkpoints import CheckpointError
 
 
@@ -91,23 +92,41 @@ def test_features_are_lavis_features(build, images):
 # ------------------------------------------------------------------ equality with LAVIS
 
 
-@pytest.mark.parametrize("ours", [dict(kv_modulation=False), dict(prefix_gate="tanh")], ids=str)
+def spied(opt_model, monkeypatch):
+    """The token ids that this language model will generate, call by call."""
+    generate, ids = opt_model.generate, []
+    monkeypatch.setattr(opt_model, "generate", lambda *args, **kwargs: ids.append(generate(*args, **kwargs)) or ids[-1])
+    return ids
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [dict(kv_modulation=False), dict(prefix_gate="tanh"), dict(kv_modulation=False, freeze_vit=False)],
+    ids=str,
+)
 @pytest.mark.parametrize("prompt", ["", "a photo of"])
-def test_equal_to_stock(build, stock, images, ours, prompt):
-    """Same weights, same loss, same gradients, same generated text."""
+def test_equal_to_stock(build, stock, images, monkeypatch, ours, prompt):
+    """Same weights, same Q-Former output, same loss, same gradients, same generated tokens."""
     model = build(prompt=prompt, **ours).eval()
     stock = stock.eval()
     stock.prompt = prompt
     stock.prompt_length = stock.opt_tokenizer(prompt, return_tensors="pt").attention_mask.sum(1)
     batch = image_batch(images, b=2)  # both captions start with the prompt
 
+    visual_tokens = stock.ln_vision(stock.visual_encoder(batch["image"]))
+    of_qformer = stock.Qformer.bert(
+        query_embeds=stock.query_tokens.expand(2, -1, -1), encoder_hidden_states=visual_tokens, return_dict=True
+    ).last_hidden_state
+    assert (model.encode(batch).query_output.last_hidden_state - of_qformer).abs().max() <= 1e-5
+
+    stock.visual_encoder.requires_grad_(not model.freeze_vit)
     loss, expected = model({**batch})["loss"], stock({**batch})["loss"]
     assert abs(loss - expected) <= 1e-5
 
     loss.backward()
     expected.backward()
     of_stock = dict(stock.named_parameters())
-    compared = 0
+    compared = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not name.startswith("kv_"):
             reference = of_stock[name].grad
@@ -115,10 +134,13 @@ def test_equal_to_stock(build, stock, images, ours, prompt):
                 assert not parameter.grad.any() and reference.abs().max() <= 1e-6, name
             else:
                 assert (parameter.grad - reference).norm() <= 1e-4 * reference.norm(), name
-            compared += 1
-    assert compared > 50
+            compared.add(name)
+    trained_by_lavis = {name for name, parameter in of_stock.items() if parameter.grad is not None}
+    assert trained_by_lavis - compared == ({"ln_vision.weight", "ln_vision.bias"} if model.freeze_vit else set())
+    assert compared <= trained_by_lavis
 
     del batch["text_input"]
+    ids, expected_ids = spied(model.opt_model, monkeypatch), spied(stock.opt_model, monkeypatch)
     for search in (dict(num_beams=1), dict(num_beams=5), dict(num_beams=4, num_captions=2)):
         assert model.generate({**batch}, max_length=8, **search) == stock.generate({**batch}, max_length=8, **search)
     sampled = dict(use_nucleus_sampling=True, num_captions=2, max_length=8, temperature=1.5)
@@ -126,6 +148,7 @@ def test_equal_to_stock(build, stock, images, ours, prompt):
     got = model.generate({**batch}, **sampled)
     torch.manual_seed(5)
     assert got == stock.generate({**batch}, **sampled)
+    assert len(ids) == 4 and all(torch.equal(*both) for both in zip(ids, expected_ids))
 
 
 def test_state_dict_keys_are_stock_keys_and_the_prefix(build, stock):
@@ -499,16 +522,17 @@ def test_cached_features_do_not_depend_on_the_company(build, images):
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_half_precision_towers_on_the_cpu(build, images, monkeypatch, has_bf16):
+@pytest.mark.parametrize("vit, opt", [("fp16", "fp16"), ("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "fp16")])
+def test_half_precision_towers_on_the_cpu(build, images, monkeypatch, vit, opt, has_bf16):
     """`load_model` calls `float()`: frozen weights stay half as large where the processor has bfloat16."""
     from lavis_kvmod.models import blip2_opt_kvmod as module
 
     monkeypatch.setattr(module, "cpu_has_bf16", lambda: has_bf16)
     reference = build().eval()
-    model = build(vit_precision="fp16", opt_precision="fp16").float().eval()
+    model = build(vit_precision=vit, opt_precision=opt).float().eval()
     dtypes = {row.part: row.dtype for row in model.parts()}
-    assert dtypes["opt_model"] == ("bfloat16" if has_bf16 else "float32")
-    assert dtypes["visual_encoder"] == ("bfloat16+float32" if has_bf16 else "float32")
+    assert dtypes["opt_model"] == ("bfloat16" if has_bf16 and opt != "fp32" else "float32")
+    assert dtypes["visual_encoder"] == ("bfloat16+float32" if has_bf16 and vit != "fp32" else "float32")
     assert {row.dtype for row in model.parts() if row.trained} == {"float32"}
     batch = image_batch(images)
     loss, expected = model({**batch})["loss"], reference({**batch})["loss"]
@@ -516,6 +540,24 @@ def test_half_precision_towers_on_the_cpu(build, images, monkeypatch, has_bf16):
     loss.backward()
     assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert len(model.generate({"image": batch["image"]}, num_beams=2, max_length=4)) == 3
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_half_precision_towers_through_lavis_loader(model_config, images, monkeypatch, tmp_path, has_bf16):
+    from lavis.models import load_model_and_preprocess
+
+    from lavis_kvmod.models import blip2_opt_kvmod as module
+
+    processors = {"vis_processor": {"eval": {"name": "blip_image_eval", "image_size": 28}}}
+    processors["text_processor"] = {"eval": {"name": "blip_caption"}}
+    cfg = {"model": model_config(vit_precision="fp16", opt_precision="fp16"), "preprocess": processors}
+    OmegaConf.save(OmegaConf.create(cfg), tmp_path / "small.yaml")
+    monkeypatch.setitem(Blip2OPTKVMod.PRETRAINED_MODEL_CONFIG_DICT, "demo", str(tmp_path / "small.yaml"))
+    monkeypatch.setattr(module, "cpu_has_bf16", lambda: has_bf16)
+    model, _, _ = load_model_and_preprocess("blip2_opt_kvmod", "demo", is_eval=True, device="cpu")
+    dtypes = {row.part: row.dtype for row in model.parts() if row.dtype != "float32"}
+    assert dtypes == ({"visual_encoder": "bfloat16+float32", "opt_model": "bfloat16"} if has_bf16 else {})
+    assert len(model.generate({"image": images(1)}, num_beams=2, max_length=3)) == 1
 
 
 def test_float32_towers_are_left_alone(build):

@@ -63,14 +63,16 @@ def test_queries_alone(pair, inputs):
         assert_close(got.last_hidden_state, expected.last_hidden_state)
 
 
-def test_text_alone_bidirectional_and_padded(pair, inputs):
+@pytest.mark.parametrize("is_decoder", [False, True], ids=["bidirectional", "causal"])
+def test_text_alone_and_padded(pair, inputs, is_decoder):
     stock, ours = pair
     ids = inputs["input_ids"]
     mask = padded_text()
-    expected = stock.bert(ids, attention_mask=mask, return_dict=True)
-    got = ours(input_ids=ids, attention_mask=mask)
+    expected = stock.bert(ids, attention_mask=mask, is_decoder=is_decoder, return_dict=True)
+    got = ours(input_ids=ids, attention_mask=mask, is_decoder=is_decoder)
     assert_close(got.last_hidden_state, expected.last_hidden_state)
-    assert not torch.allclose(got.last_hidden_state, ours(input_ids=ids).last_hidden_state, atol=1e-3)
+    unpadded = ours(input_ids=ids, is_decoder=is_decoder).last_hidden_state
+    assert not torch.allclose(got.last_hidden_state, unpadded, atol=1e-3)
 
 
 @pytest.mark.parametrize("is_decoder", [False, True], ids=["bidirectional", "causal"])
@@ -103,6 +105,21 @@ def test_text_behind_cached_queries(pair, inputs):
     expected = stock.bert(ids, attention_mask=mask, past_key_values=past_stock, is_decoder=True, return_dict=True)
     got = ours(input_ids=ids, attention_mask=mask, past_key_values=past_ours, is_decoder=True)
     assert_close(got.last_hidden_state, expected.last_hidden_state)
+
+
+def test_one_token_at_a_time_behind_queries_and_text(pair, inputs):
+    """Generating: each step sees the Keys/Values of the queries and of all tokens before it."""
+    stock, ours = pair
+    ids = inputs.pop("input_ids")
+    past_stock = stock.bert(**inputs, use_cache=True, return_dict=True).past_key_values
+    past_ours = ours(**inputs, use_cache=True).past_key_values
+    for i in range(T):
+        step = dict(input_ids=ids[:, i : i + 1], attention_mask=torch.ones(B, Q + i + 1, dtype=torch.long))
+        step.update(is_decoder=True, use_cache=True)
+        expected = stock.bert(**step, past_key_values=past_stock, return_dict=True)
+        got = ours(**step, past_key_values=past_ours)
+        assert_close(got.last_hidden_state, expected.last_hidden_state)
+        past_stock, past_ours = expected.past_key_values, got.past_key_values
 
 
 def test_attention_maps_are_those_of_the_fused_path(pair, inputs):

@@ -1,11 +1,15 @@
 """Resuming where something is not as it was."""
 
+import hashlib
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from lavis_kvmod import checkpoints
 from lavis_kvmod.checkpoints import CheckpointError
 from lavis_kvmod.runners import resuming
+from lavis_kvmod.runners.runner_kvmod import RunnerKVMod
 from lavis_kvmod.runners.training_state import RunState, get_rng_state, set_rng_state
 from lavis_kvmod.train import train
 
@@ -96,6 +100,21 @@ def test_by_path_into_a_new_folder(write_run, runs, capsys):
     assert (second / "log.txt").read_text() == (first / "log.txt").read_text()
     best = [(folder / "checkpoint_best.pth").read_bytes() for folder in (first, second)]
     assert best[0] == best[1]
+
+
+def test_by_url_with_a_sum(served, tmp_path):
+    checkpoints.save({"model": {}, "optimizer": {}, "epoch": 0}, served.folder / "last.pth")
+    digest = hashlib.sha256((served.folder / "last.pth").read_bytes()).hexdigest()
+
+    def open_folder(source):
+        run = {"output_dir": str(tmp_path / "output"), "evaluate": False, "resume_ckpt_path": source}
+        return RunnerKVMod.open_folder(OmegaConf.create(run))
+
+    for source in (served.folder / "last.pth", f"{served.url}/last.pth"):
+        found = open_folder(f"{source}#sha256={digest}").checkpoint
+        assert found.read_bytes() == (served.folder / "last.pth").read_bytes()
+        with pytest.raises(CheckpointError, match="last.pth is not the file that was meant"):
+            open_folder(f"{source}#sha256={'0' * 64}")
 
 
 def test_the_best_is_looked_for_beside_the_checkpoint(tmp_path, caplog):
