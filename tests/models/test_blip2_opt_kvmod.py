@@ -151,6 +151,25 @@ def test_equal_to_stock(build, stock, images, monkeypatch, ours, prompt):
     assert len(ids) == 4 and all(torch.equal(*both) for both in zip(ids, expected_ids))
 
 
+def test_searches_that_end_early_are_those_of_stock(build, stock, images, monkeypatch):
+    """A text that has met its newline waits, padded, for the others; a beam that has, competes with those that go on."""
+    model, stock, batch = build(kv_modulation=False).eval(), stock.eval(), {"image": images(4)}
+    ids, expected = spied(model.opt_model, monkeypatch), spied(stock.opt_model, monkeypatch)
+    model.generate(batch, num_beams=1, max_length=8)
+    liked = model.opt_model.lm_head.weight[ids.pop()[0, -5]].clone()  # what the first text has in its middle
+    some_ended = set()
+    for scale in (1.02, 1.1, 1.2, 1.3):
+        with torch.no_grad():  # the newline becomes likelier than that
+            for part in (model, stock):
+                part.opt_model.lm_head.weight[part.eos_token_id] = scale * liked
+        for search in (dict(num_beams=1), dict(num_beams=5), dict(num_beams=4, num_captions=2)):
+            assert model.generate(batch, max_length=8, **search) == stock.generate(batch, max_length=8, **search)
+            assert torch.equal(ids[-1], expected[-1])
+            ended = (ids[-1] == model.opt_tokenizer.pad_token_id).any(1)
+            some_ended.update([str(search)] if ended.any() and not ended.all() else [])
+    assert len(some_ended) == 3
+
+
 def test_state_dict_keys_are_stock_keys_and_the_prefix(build, stock):
     model = build(prefix_gate="tanh")
     own, expected = set(model.state_dict()), set(stock.state_dict())
