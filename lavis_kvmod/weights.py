@@ -1,7 +1,6 @@
 """Where weight files come from: a local path, a file already in the download cache, or a download.
 
-Nothing here opens a file (see `lavis_kvmod.checkpoints`), and LAVIS, which takes seconds to import, is asked only for a
-download.
+Nothing here opens a file (see `lavis_kvmod.checkpoints`), and nothing needs LAVIS, which takes seconds to import.
 """
 
 import os
@@ -13,6 +12,8 @@ from typing import Callable, Iterable, List, Optional
 from urllib.error import HTTPError
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
+
+from filelock import FileLock
 
 from lavis_kvmod.checkpoints import check_sha256
 
@@ -99,36 +100,28 @@ class WeightFile:
         looks_like_a_path = self.source.startswith((".", "/", "~")) or self.source.endswith((".pth", ".safetensors"))
         return self.source.count("/") == 1 and not looks_like_a_path
 
-    def fetch(self, alone: bool = False) -> Path:
-        """The local path, after building or downloading if need be (rank 0 downloads, the others wait).
-
-        Args:
-            alone: only this process asks for it, and waits for no other. For files, not for folders.
+    def fetch(self) -> Path:
+        """The local path, after building or downloading if need be. Of several processes of a machine the first
+        downloads, and the others wait for it.
 
         Raises:
             MissingWeightsError: if it can be had neither way.
             CheckpointError: if its SHA-256 is another than the one given.
         """
         require([self])
-        path = self._fetch(alone)
+        path = self._fetch()
         if self.sha256 is not None:
             check_sha256(path, self.sha256)
         return path
 
-    def _fetch(self, alone: bool) -> Path:
+    def _fetch(self) -> Path:
         if self.build is not None:
             return self.build()
         path = self.local_path()
         if path is not None:
             return path
-        from lavis.common.dist_utils import download_cached_file
-        from timm.models import hub
-
         try:
-            if self.is_hf_folder:
-                return _download_hf(self.source)
-            download = hub.download_cached_file if alone else download_cached_file
-            return Path(download(self.source, check_hash=False, progress=True))
+            return _download_hf(self.source) if self.is_hf_folder else _download_url(self.source)
         except OSError as error:
             raise MissingWeightsError(
                 f"{self.part}: downloading {self.source} failed ({error}); set {self.key} to a local file"
@@ -167,17 +160,21 @@ def _hf_cached(repo: str) -> Optional[Path]:
     return None
 
 
+def _download_url(url: str) -> Path:
+    """Into the cache that timm and LAVIS use. A lock and no barrier between ranks, as in LAVIS: a rank that comes when
+    the file is there would pass by the barrier that another waits in, and each machine has a cache of its own."""
+    from timm.models.hub import download_cached_file
+
+    path = _url_cache_path(url)
+    with FileLock(f"{path}.lock"):
+        return Path(download_cached_file(url, check_hash=False, progress=not path.is_file()))
+
+
 def _download_hf(repo: str) -> Path:
-    """Download what PyTorch needs of a repository: rank 0 does, the others wait."""
+    """What PyTorch needs of a repository; Hugging Face's client locks each file itself."""
     from huggingface_hub import snapshot_download
-    from lavis.common.dist_utils import is_main_process
 
-    from lavis_kvmod.distributed import barrier
-
-    if is_main_process():
-        snapshot_download(repo, allow_patterns=["*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"])
-    barrier()
-    return _hf_cached(repo)
+    return Path(snapshot_download(repo, allow_patterns=["*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"]))
 
 
 @lru_cache(maxsize=None)

@@ -1,5 +1,8 @@
 import hashlib
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +68,21 @@ def test_a_checkpoint_by_url(build, files, served):
         build(pretrained=f"{url}#sha256={'0' * 64}")
     with pytest.raises(MissingWeightsError, match=f"{served.url}/none.pth is not in the download cache and cannot be"):
         build(pretrained=f"{served.url}/none.pth")
+
+
+def test_processes_that_want_the_same_file_download_it_once(served, tmp_path):
+    """And none waits for another that has passed by: one may come when the file is there already."""
+    (served.folder / "blip2.pth").write_bytes(bytes(3_000_000))
+    code = f"""
+from lavis_kvmod.weights import WeightFile
+print(WeightFile("checkpoint", "{served.url}/blip2.pth", "model.pretrained").fetch())
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    told = [process.communicate(timeout=120)[0].strip() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    (path,) = set(told)
+    assert path.startswith(str(tmp_path)) and Path(path).stat().st_size == 3_000_000
+    assert [method for method, _ in served.requests].count("GET") == 1
 
 
 def test_offline_is_offline(monkeypatch):

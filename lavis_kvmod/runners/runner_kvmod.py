@@ -72,7 +72,7 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
             resume = None if run_cfg.evaluate else run_cfg.get("resume_ckpt_path", None)
             checkpoint = None
             if resume and resume != "auto":
-                checkpoint = WeightFile("checkpoint to resume from", resume, "run.resume_ckpt_path").fetch(alone=True)
+                checkpoint = WeightFile("checkpoint to resume from", resume, "run.resume_ckpt_path").fetch()
                 problem = checkpoint_problem(checkpoint)
                 if problem is not None:
                     raise CheckpointError(problem)

@@ -152,7 +152,7 @@ def test_equal_to_stock(build, stock, images, monkeypatch, ours, prompt):
 
 
 def test_searches_that_end_early_are_those_of_stock(build, stock, images, monkeypatch):
-    """A text that has met its newline waits, padded, for the others; a beam that has, competes with those that go on."""
+    """A text that has met its newline waits, padded, for the others; such a beam competes with those that go on."""
     model, stock, batch = build(kv_modulation=False).eval(), stock.eval(), {"image": images(4)}
     ids, expected = spied(model.opt_model, monkeypatch), spied(stock.opt_model, monkeypatch)
     model.generate(batch, num_beams=1, max_length=8)
