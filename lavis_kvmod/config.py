@@ -25,6 +25,7 @@ from lavis_kvmod.tasks.settings import RUN_KEYS, task_problems
 from lavis_kvmod.weights import WeightFile
 
 ARCH = "blip2_opt_kvmod"
+SECTIONS = ("model", "datasets", "run", "env", "preprocess")
 DEMO_RUN_FILE = "projects/kvmod/demo_vqa.yaml"
 
 # LAVIS reads these keys without a default; these are its recipes' values.
@@ -117,6 +118,7 @@ def load_config(cfg_path: str, options: Sequence[str] = (), *, data_only: bool =
             problems += _run_problems(OmegaConf.merge(RUN_DEFAULTS, raw.get("run") or {}))
         raise ConfigurationError(path, problems)
     cfg = KVModConfig(path, options)
+    _add_image_processors(cfg)
     if not data_only:
         problems = _run_problems(cfg.run_cfg) + _model_problems(cfg.model_cfg) + _image_size_problems(cfg)
     problems += keep_used_splits(cfg) or data_problems(cfg)
@@ -155,6 +157,9 @@ def _name_problems(raw: DictConfig) -> List[str]:
         f"{section}: this section is missing"
         for section in ("model", "datasets", "run")
         if not OmegaConf.is_dict(raw.get(section))
+    ]
+    problems += [
+        f"{key}: not a section that LAVIS reads; those are {', '.join(SECTIONS)}" for key in raw if key not in SECTIONS
     ]
     model, datasets, run = (raw.get(section) or {} for section in ("model", "datasets", "run"))
     if model:
@@ -241,6 +246,18 @@ def _weights_problem(file: WeightFile) -> Optional[str]:
         problem = quick_problem(path)
         return problem and f"{file.key}: {problem}"
     return problem
+
+
+def _add_image_processors(cfg: KVModConfig) -> None:
+    """LAVIS's own data sets name no image processors, and would give pictures where the model wants tensors: they get
+    those of our run files, at the model's image size."""
+    if cfg.model_cfg.arch != ARCH:
+        return
+    size = cfg.model_cfg.get("image_size", ModelSettings.image_size)
+    for section in cfg.datasets_cfg.values():
+        for mode, name in (("train", "blip2_image_train"), ("eval", "blip_image_eval")):
+            if OmegaConf.select(section, f"vis_processor.{mode}") is None:
+                OmegaConf.update(section, f"vis_processor.{mode}", {"name": name, "image_size": size}, force_add=True)
 
 
 def _image_size_problems(cfg: KVModConfig) -> List[str]:

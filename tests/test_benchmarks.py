@@ -145,6 +145,21 @@ def test_evaluated_questions_come_with_what_a_loss_needs(benchmarks):
         assert len(batch["answer"]) == int(batch["n_answers"].sum()) == len(batch["weight"]), name
 
 
+def test_a_set_of_lavis_without_image_processors_gets_them(run_file):
+    path = run_file({"ok_vqa": {"vis_processor": None}}, test_splits=["test"])
+    runner = build_runner(load_config(path))
+    assert [runner.datasets["ok_vqa"][split][0]["image"].shape for split in ("train", "test")] == [(3, 28, 28)] * 2
+
+
+def test_one_data_set_is_evaluated_at_a_time(run_file):
+    with pytest.raises(ConfigurationError, match="vqav2 and coco_vqa each have a split 'val'") as caught:
+        load_config(run_file({"vqav2": {}, "coco_vqa": {}}, test_splits=["val"]))
+    assert "datasets.coco_vqa.build_info.annotations.val=null" in str(caught.value)
+    without = {"build_info": {"annotations": {"val": None}}}
+    cfg = load_config(run_file({"vqav2": {}, "coco_vqa": without}, test_splits=["val"]))
+    assert list(cfg.datasets_cfg) == ["vqav2", "coco_vqa"]
+
+
 @pytest.mark.parametrize("name, section", [("gqa", BALANCED), ("aok_vqa", {}), ("coco_vqa", {})])
 def test_a_split_without_answers_is_answered_and_written_for_the_server(run_file, benchmarks, tmp_path, name, section):
     """LAVIS's GQA cannot collate one: default_collate meets None."""

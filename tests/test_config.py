@@ -46,6 +46,18 @@ def test_every_yaml_loads(path, monkeypatch):
         assert merged.run_cfg.runner == "runner_kvmod"
 
 
+def test_a_data_set_of_another_kind_than_the_task_learns():
+    (told,) = problems(["run.task=kvmod_captioning"])
+    assert told == (
+        "datasets.digits_vqa: it holds answers, but run.task: kvmod_captioning learns captions; set run.task: kvmod_vqa"
+    )
+
+
+def test_a_section_that_nobody_reads():
+    (told,) = problems(["vis_processor.train.name=blip_image_eval"])
+    assert told == "vis_processor: not a section that LAVIS reads; those are model, datasets, run, env, preprocess"
+
+
 def test_unknown_names_name_the_known_ones():
     found = problems(
         [

@@ -13,6 +13,7 @@ from lavis_kvmod.datasets.lavis_sets.files import annotation_files, image_folder
 __all__ = ["builder_getter", "data_problems", "keep_used_splits"]
 
 _SPLIT_KEYS = ("train_splits", "valid_splits", "test_splits")
+_TASKS = {"answer": "kvmod_vqa", "caption": "kvmod_captioning"}
 
 
 def builder_getter(run: DictConfig) -> Callable:
@@ -42,6 +43,13 @@ def keep_used_splits(cfg) -> List[str]:
         ]
         if problems:
             return problems
+    for split in [split for key in keys if key != "train_splits" for split in used[key]]:
+        owners = [name for name, splits in known.items() if split in (splits or ())]
+        if len(owners) > 1:  # LAVIS joins data sets for training only (datasets/datasets/dataloader_utils.py)
+            return [
+                f"datasets: {' and '.join(owners)} each have a split {split!r}, and one can be evaluated at a time; "
+                f"take it out of the others, e.g. datasets.{owners[-1]}.build_info.annotations.{split}=null"
+            ]
     for name, splits in known.items():
         if splits is None:
             continue
@@ -68,9 +76,12 @@ def _splits_given(name: str, section: DictConfig, cfg) -> Optional[List[str]]:
 
 
 def data_problems(cfg) -> List[str]:
-    """Images and annotations that a run's builders would look for and not find, or could not use."""
+    """Data sets that are not of the task's kind; images and annotations that a run's builders would look for and not
+    find, or could not use."""
     get = builder_getter(cfg.run_cfg)
-    problems = []
+    problems = _of_another_kind(cfg)
+    if problems:
+        return problems
     for name, section in cfg.datasets_cfg.items():
         builder = get(name)
         if hasattr(builder, "config_problems"):  # ours look into their files
@@ -83,3 +94,15 @@ def data_problems(cfg) -> List[str]:
             found = []
         problems += [f"datasets.{name}: {problem}" for problem in found]
     return problems
+
+
+def _of_another_kind(cfg) -> List[str]:
+    """Data sets that hold captions where the task learns answers, or the other way round."""
+    task, get = cfg.run_cfg.task, builder_getter(cfg.run_cfg)
+    wanted = getattr(registry.get_task_class(task), "target", None)
+    held = {name: getattr(get(name), "target", wanted) for name in cfg.datasets_cfg}
+    return [
+        f"datasets.{name}: it holds {target}s, but run.task: {task} learns {wanted}s; set run.task: {_TASKS[target]}"
+        for name, target in held.items()
+        if wanted and target != wanted
+    ]

@@ -183,6 +183,7 @@ class _DigitsBuilder(BaseDatasetBuilder):
 class DigitsVQABuilder(_DigitsBuilder):
     """``digits_vqa``: which digit, what ink, what paper, is the digit even."""
 
+    target = "answer"
     train_dataset_cls = DigitsVQADataset
     eval_dataset_cls = DigitsVQAEvalDataset
     DATASET_CONFIG_DICT = {"default": "configs/datasets/digits/defaults_vqa.yaml"}
@@ -191,6 +192,7 @@ class DigitsVQABuilder(_DigitsBuilder):
 class DigitsCaptionBuilder(_DigitsBuilder):
     """``digits_caption``: such as "a red seven on yellow paper"."""
 
+    target = "caption"
     train_dataset_cls = DigitsCaptionDataset
     eval_dataset_cls = DigitsCaptionEvalDataset
     DATASET_CONFIG_DICT = {"default": "configs/datasets/digits/defaults_caption.yaml"}

@@ -22,6 +22,7 @@ class KVModCaptionTask(DatasetEvaluation, CaptionTask, BuildsDatasets):
         **lavis: LAVIS's own arguments.
     """
 
+    target = "caption"
     goodness = ("CIDEr", "ROUGE_L", "Bleu_4", "METEOR", "exact_match")
 
     def __init__(self, *, caption_metrics: Sequence[str] = METRICS, valid_loss: bool = True, **lavis):

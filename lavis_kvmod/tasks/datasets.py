@@ -16,6 +16,7 @@ class BuildsDatasets(BaseTask):
     """
 
     builder_class = staticmethod(builder_class)
+    target: str  # what a model learns to say, as data sets name it: "answer" or "caption"
 
     def build_datasets(self, cfg) -> Dict[str, Dict[str, Any]]:
         """Data set name -> split -> data set."""

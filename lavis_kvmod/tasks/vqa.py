@@ -30,6 +30,7 @@ class KVModVQATask(DatasetEvaluation, VQATask, BuildsDatasets):
         **lavis: LAVIS's own arguments.
     """
 
+    target = "answer"
     goodness = ("accuracy",)
 
     def __init__(self, *, candidates: Optional[List[str]] = None, valid_loss: bool = True, **lavis):

@@ -38,7 +38,7 @@ class LavisFilesBuilder(AnnotationBuilder):
     @classmethod
     def splits_given(cls, section: DictConfig) -> List[str]:
         """The splits a run may use."""
-        return [split for split in section.build_info.annotations if split in SPLITS]
+        return [split for split, info in section.build_info.annotations.items() if split in SPLITS and info is not None]
 
     @classmethod
     def config_problems(cls, section: DictConfig) -> List[str]:

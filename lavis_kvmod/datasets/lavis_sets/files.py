@@ -90,6 +90,8 @@ def annotation_files(
     """
     files = []
     for split, info in (section.build_info.get("annotations") or {}).items():
+        if info is None:  # a split that one does without
+            continue
         storages, urls = strings(info.get("storage")), strings(info.get("url"))
         for i, storage in enumerate(storages):
             url = urls[i] if i < len(urls) else None

@@ -28,6 +28,7 @@ class _ShardBuilder(BaseDatasetBuilder):
     """Builds the splits named under ``build_info.annotations``."""
 
     kind: Kind
+    target: str  # as of `AnnotationBuilder`
 
     @classmethod
     def default_config_path(cls, type: str = "default") -> str:
@@ -131,6 +132,7 @@ class WdsVQABuilder(_ShardBuilder):
     """``wds_vqa``: questions and answers in shards."""
 
     kind = VQA
+    target = VQA.target
     train_dataset_cls = WdsVQATrainData
     eval_dataset_cls = WdsVQAEvalData
     DATASET_CONFIG_DICT = {"default": "configs/datasets/wds/defaults_vqa.yaml"}
@@ -146,6 +148,7 @@ class WdsCaptionBuilder(_ShardBuilder):
     """``wds_caption``: images and captions in shards."""
 
     kind = CAPTION
+    target = CAPTION.target
     train_dataset_cls = WdsCaptionTrainData
     eval_dataset_cls = WdsCaptionEvalData
     DATASET_CONFIG_DICT = {"default": "configs/datasets/wds/defaults_caption.yaml"}
