@@ -21,8 +21,8 @@ class Stopped(SystemExit):
 class StopSignals:
     """While in force, SIGTERM and SIGINT set `received`, which the run looks at after each step.
 
-    A Ctrl-C after either stops at once. Inside `nothing_to_save`, where all that was trained is on the disk, the first signal
-    of either kind does.
+    A Ctrl-C after either stops at once. Inside `nothing_to_save`, where all that was trained is on the disk, the first
+    signal of either kind does.
     """
 
     def __init__(self):
