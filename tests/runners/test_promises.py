@@ -105,6 +105,20 @@ def test_patience_ends_a_run_that_no_longer_gets_better(write_run, runs, monkeyp
     assert checkpoints.read(runs()[0] / LAST)["epoch"] == 3
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_metric_that_is_not_finite_is_never_the_best(write_run, runs, monkeypatch, caplog, value):
+    values = iter([value, 1.0])
+    monkeypatch.setattr(KVModVQATask, "after_evaluation", lambda self, **kw: {"agg_metrics": next(values)})
+    runner = build_runner(load_config(write_run()))
+    assert [runner.validate(epoch) for epoch in range(2)] == [False, True]
+    assert (runner.state.best_epoch, runner.state.best_agg_metric) == (1, 1.0)
+
+
+def test_patience_without_validations_is_told(write_run):
+    with pytest.raises(ConfigurationError, match="run.patience: it counts validations, and run.valid_splits is empty"):
+        load_config(write_run(patience=2, valid_splits=[]))
+
+
 def test_the_prefix_generator_learns_at_its_own_rate(write_run, runs):
     train(write_run(max_epoch=1, kv_lr_scale=10, valid_splits=[], warmup_steps=0))
     (line,) = log_lines(runs()[0])
