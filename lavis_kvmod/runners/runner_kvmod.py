@@ -272,11 +272,12 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
         if is_main_process():
             about = environment(self.device, get_world_size())
             self.folder.add_start({**about, "resumed_from": self.folder.checkpoint and str(self.folder.checkpoint)})
+        config = self._resolved_config()
         self.log.start(
-            self._resolved_config(),
+            config,
             self._batches_done(),
             tensorboard=self._run_key("tensorboard", "auto"),
-            wandb=self._run_key("wandb", False),
+            wandb=config["run"].get("wandb"),
         )
         if self.state.epoch >= self.max_epoch:
             logging.info("%s is trained: all %d epochs are done; only testing it", self.output_dir, self.max_epoch)

@@ -232,15 +232,17 @@ def test_weights_and_biases_gets_the_same(write_run, runs, monkeypatch, tmp_path
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     path = write_run(max_epoch=1, valid_splits=[], resume_ckpt_path="auto", wandb={"project": "mine"})
-    train(path)
+    train(path, ["run.wandb.dir=here", "run.wandb.resume=must", "run.wandb.config.lab=ours"])
     import wandb
 
     arguments, *logged, last = wandb.calls
-    assert arguments["project"] == "mine" and arguments["config"]["run"]["max_epoch"] == 1
+    assert (arguments["project"], arguments["dir"], arguments["resume"]) == ("mine", "here", "must")
+    assert type(arguments["config"]) is dict and arguments["config"] == {"lab": "ours"}
     assert last == "finished" and any("train_loss" in numbers and step == 7 for numbers, step in logged)
     wandb.calls.clear()
     train(path, ["run.max_epoch=2"])
     assert wandb.calls[0]["id"] == "abc"  # the same curve goes on
+    assert wandb.calls[0]["resume"] == "allow" and wandb.calls[0]["config"]["run"]["max_epoch"] == 2
 
 
 def test_every_wrong_key_is_told(write_run, monkeypatch):
