@@ -7,13 +7,16 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from multiprocessing import get_context
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from lavis_kvmod import checkpoints
+from lavis_kvmod.distributed import init_distributed
 from lavis_kvmod.launch import build_runner, load_config
 from lavis_kvmod.train import main, train
 
@@ -127,6 +130,16 @@ def test_the_process_group_is_left_at_the_end(write_run, in_process):
     codes, output = ranks(in_process, whole, "left")
     assert codes == [0, 0], output
     assert "Warning" not in output and "No validation splits" not in output, output
+
+
+@pytest.mark.parametrize(("value", "minutes"), [(2, 2), ("1.5", 1.5), (None, 60)])
+def test_minutes_may_be_text_or_left_empty(monkeypatch, value, minutes):
+    given = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **settings: given.update(settings))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    init_distributed(OmegaConf.create({"device": "cpu", "dist_timeout": value}))
+    assert given["timeout"] == timedelta(minutes=minutes)
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(write_run, in_process, runs):
