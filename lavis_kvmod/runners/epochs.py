@@ -65,6 +65,7 @@ class TrainsEpochs:
                 self.log.timing(facts, self._batches_done())
             if is_last and state.batch < total:  # at the end of the epoch there is more to save
                 self._save_in_between(epoch, stop)
+            pace.ask_for_data()
         if state.batch != total:
             raise RuntimeError(f"the loader of the training data promised {total} batches and gave {state.batch}")
         return self._epoch_facts(epoch, samples)
