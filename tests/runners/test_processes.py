@@ -226,13 +226,17 @@ def torchrun(code, folder, *, timeout=240):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("death", "told"),
+    ("death", "named", "told"),
     [
-        ("raise RuntimeError('the disk of rank 1 is on fire')", "RuntimeError: the disk of rank 1 is on fire"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
+        (
+            "raise RuntimeError('the disk of rank 1 is on fire')",
+            "exitcode  : 1 ",
+            "RuntimeError: the disk of rank 1 is on fire",
+        ),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "exitcode  : -9 ", "Signal 9 (SIGKILL)"),
     ],
 )
-def test_a_rank_that_dies_ends_the_run_and_is_named(write_run, tmp_path, runs, death, told):
+def test_a_rank_that_dies_ends_the_run_and_is_named(write_run, tmp_path, runs, death, named, told):
     """By torchrun itself, within its own 30 seconds of grace."""
     path = write_run(max_epoch=1, valid_splits=[], save_every_n_iters=1)
     code, output, _ = torchrun(
@@ -252,6 +256,8 @@ sys.exit(lavis.train.main(["--cfg-path", {path!r}]))
         tmp_path,
     )
     assert code != 0
-    cause = output[output.index("Root Cause") :]
-    assert "rank      : 1" in cause and told in cause, cause
+    # Rank 0, which loses its peer, may be seen to fail first: the root cause is then one, the other is a failure.
+    report = output[output.index("Failures:") :]
+    (entry,) = (part for part in report.split("  time ")[1:] if "rank      : 1 " in part)
+    assert named in entry and told in output, output
     assert checkpoints.read(runs()[0] / LAST)["state"]["batch"] == 2
