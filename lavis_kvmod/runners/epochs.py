@@ -111,8 +111,8 @@ class TrainsEpochs:
         where = f"{result.problem} in epoch {state.epoch}, batch {i}"
         if state.bad_steps > allowed:
             raise FloatingPointError(
-                f"{where}; {state.bad_steps} steps of this run were bad, and max_bad_steps is {allowed}. The last "
-                f"checkpoint in {self.output_dir} is intact"
+                f"{where}; {state.bad_steps} steps of this run were bad, and max_bad_steps is {allowed}. "
+                f"Checkpoints in {self.output_dir}, if there are any, are intact"
             )
         logging.warning("%s: step skipped (%d of at most %d)", where, state.bad_steps, allowed)
         self.log_stats({"bad_step": result.problem, "epoch": state.epoch, "batch": i}, "train")
