@@ -218,7 +218,7 @@ def remove_leftovers(output_dir: Path) -> None:
 
 
 def _remove_leftovers_of(path: Path) -> None:
-    for file in [*path.glob(".*.tmp"), path / _NEXT]:
+    for file in [*path.rglob(".*.tmp"), path / _NEXT]:
         if file.is_file():
             file.unlink()
             logging.info("removed %s, which a run that was killed left half-written", file)

@@ -220,9 +220,11 @@ def test_what_a_killed_writer_left_is_removed_where_nobody_writes(tmp_path):
     old, busy = RunFolder.create(tmp_path, "old"), RunFolder.create(tmp_path, "busy")
     for made in (old, busy):
         (made.path / f".{LAST}.123.tmp").write_bytes(b"half")
+        (made.path / "result").mkdir()
+        (made.path / "result" / ".val_epoch0.json.123.tmp").write_bytes(b"half")
     old.release()
     RunFolder.create(tmp_path, "new").release()
-    assert not list(old.path.glob(".*.tmp")) and list(busy.path.glob(".*.tmp"))
+    assert not list(old.path.rglob(".*.tmp")) and len(list(busy.path.rglob(".*.tmp"))) == 2
     busy.release()
 
 
