@@ -341,9 +341,9 @@ def whole_or_nothing(path: PathLike) -> Iterator[Path]:
     try:
         yield temporary
         for written in [*temporary.glob("*"), temporary]:
-            _sync(written)
+            sync(written)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         if temporary.is_dir():  # only after a failure, as is the next
             shutil.rmtree(temporary)
@@ -351,7 +351,8 @@ def whole_or_nothing(path: PathLike) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """See that a file, or the names in a folder, are on the disk."""
     if path.is_dir() and os.name == "nt":  # Windows opens no folders
         return
     opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

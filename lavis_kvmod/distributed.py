@@ -44,7 +44,7 @@ def init_distributed(run_cfg) -> None:
             init_method=run_cfg.get("dist_url", "env://"),
             rank=rank,
             world_size=run_cfg.world_size,
-            timeout=datetime.timedelta(minutes=run_cfg.get("dist_timeout", DEFAULT_TIMEOUT)),
+            timeout=datetime.timedelta(minutes=float(run_cfg.get("dist_timeout", None) or DEFAULT_TIMEOUT)),
         )
 
 

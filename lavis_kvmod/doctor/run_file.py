@@ -26,6 +26,7 @@ from lavis_kvmod.memory.runs import (
 from lavis_kvmod.models.settings import ModelSettings, SettingsError
 from lavis_kvmod.paths import absolute, resolve_config
 from lavis_kvmod.precision import amp_dtype
+from lavis_kvmod.runners.saving import KEEP_LAST
 from lavis_kvmod.weights import WeightFile
 
 # Words by which a problem is told that something is not there, rather than that it is wrong.
@@ -39,9 +40,6 @@ _PART_OF_KEY = {
     "model.opt_model": "opt_model",
     "model.aux_checkpoint": "aux_encoder",
 }
-
-# A checkpoint holds the trained parameters and AdamW's two states; the last, the best, and the one being written.
-CHECKPOINT_COPIES = 3
 
 
 def run_file_findings(cfg_path: str, options: Sequence[str], machine: Machine) -> List[Finding]:
@@ -78,8 +76,9 @@ def run_file_findings(cfg_path: str, options: Sequence[str], machine: Machine) -
         return [*found, *weight_findings(sound, {}), Finding(NOTE, text)]
     either = training or evaluation
     found += weight_findings(sound, either.weights if either else {})
-    if training is not None:
-        found += output_findings(absolute(cfg.run_cfg.output_dir), training.gradients)
+    if training is not None and not any(problem.startswith("run.keep_last:") for problem in problems):
+        keep_last = cfg.run_cfg.get("keep_last", None) or KEEP_LAST
+        found += output_findings(absolute(cfg.run_cfg.output_dir), training.gradients, keep_last)
     return found + memory_findings(cfg, settings, machine, training, evaluation)
 
 
@@ -153,10 +152,11 @@ def _download_space(needed: int) -> List[Finding]:
     return [Finding(WRONG, text, "free some, or set HF_HOME and TORCH_HOME to folders on a larger disk")]
 
 
-def output_findings(folder: Path, trained: int) -> List[Finding]:
-    """Whether checkpoints of ``trained`` bytes of parameters have room in the output folder."""
+def output_findings(folder: Path, trained: int, keep_last: int) -> List[Finding]:
+    """Whether checkpoints of ``trained`` bytes of parameters have room in the output folder: the last ones, the best,
+    and the one being written. Each holds the parameters and AdamW's two states."""
     there = nearest(folder)
-    free, needed = shutil.disk_usage(there).free, CHECKPOINT_COPIES * 3 * trained
+    free, needed = shutil.disk_usage(there).free, (keep_last + 2) * 3 * trained
     text = f"output: {folder}, {gib(free)} free; checkpoints take up to {gib(needed)}"
     if free < needed:
         return [Finding(WRONG, text, "free some, or set run.output_dir to a folder on a larger disk")]

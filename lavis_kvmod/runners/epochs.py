@@ -65,6 +65,7 @@ class TrainsEpochs:
                 self.log.timing(facts, self._batches_done())
             if is_last and state.batch < total:  # at the end of the epoch there is more to save
                 self._save_in_between(epoch, stop)
+            pace.ask_for_data()
         if state.batch != total:
             raise RuntimeError(f"the loader of the training data promised {total} batches and gave {state.batch}")
         return self._epoch_facts(epoch, samples)
@@ -110,8 +111,8 @@ class TrainsEpochs:
         where = f"{result.problem} in epoch {state.epoch}, batch {i}"
         if state.bad_steps > allowed:
             raise FloatingPointError(
-                f"{where}; {state.bad_steps} steps of this run were bad, and max_bad_steps is {allowed}. The last "
-                f"checkpoint in {self.output_dir} is intact"
+                f"{where}; {state.bad_steps} steps of this run were bad, and max_bad_steps is {allowed}. "
+                f"Checkpoints in {self.output_dir}, if there are any, are intact"
             )
         logging.warning("%s: step skipped (%d of at most %d)", where, state.bad_steps, allowed)
         self.log_stats({"bad_step": result.problem, "epoch": state.epoch, "batch": i}, "train")

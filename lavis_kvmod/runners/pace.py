@@ -27,13 +27,16 @@ class Pace:
         self._waiting = 0.0
         self._batches = 0
 
+    def ask_for_data(self) -> None:
+        """The next batch is waited for from now on, as the first is from the start."""
+        self._since = self._clock()
+
     def got_data(self) -> None:
         """A batch has arrived."""
         self._waiting += self._clock() - self._since
 
     def done_batch(self) -> None:
         """It has been trained."""
-        self._since = self._clock()
         self._batches += 1
 
     def facts(self, samples: int, device: torch.device) -> Dict[str, Any]:

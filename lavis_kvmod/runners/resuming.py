@@ -30,7 +30,7 @@ __all__ = [
 
 # Of the run section: what may change without changing what is trained.
 _HARMLESS = set(
-    "output_dir resume_ckpt_path max_epoch num_workers log_freq save_every_n_iters keep_last patience max_bad_steps "
+    "output_dir resume_ckpt_path num_workers log_freq save_every_n_iters keep_last patience max_bad_steps "
     "tensorboard wandb evaluate batch_size_eval valid_splits test_splits distributed world_size rank gpu dist_url "
     "dist_backend dist_timeout report_metric valid_loss".split()
 )

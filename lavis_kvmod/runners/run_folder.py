@@ -10,6 +10,7 @@ there.
 """
 
 import datetime
+import errno
 import json
 import logging
 import os
@@ -106,7 +107,9 @@ class RunFolder:
                     f"{self.path} is in use by another run{_who(self.path)}; two runs cannot share a folder. Wait for "
                     "it or stop it, or set run.resume_ckpt_path to one of its checkpoints to go on in a new folder"
                 ) from None
-        except NotImplementedError:
+        except (OSError, NotImplementedError) as error:
+            if not _has_no_locks(error):
+                raise
             logging.warning("%s: this file system has no locks; see that no second run uses the folder", self.path)
 
     def release(self) -> None:
@@ -142,7 +145,9 @@ class RunFolder:
         self._write(contents, new, meant=path)
         if not in_place:
             _rotate(self.path, keep)
+            checkpoints.sync(self.path)
         os.replace(new, path)
+        checkpoints.sync(self.path)
         return path
 
     def save_best(self, contents: Dict[str, Any]) -> Path:
@@ -208,12 +213,12 @@ def remove_leftovers(output_dir: Path) -> None:
         try:
             with lock.acquire(timeout=0):
                 _remove_leftovers_of(path)
-        except (Timeout, OSError):  # in use, or not ours to tidy
+        except (OSError, NotImplementedError):  # in use (a Timeout), not ours to tidy, or without locks
             continue
 
 
 def _remove_leftovers_of(path: Path) -> None:
-    for file in [*path.glob(".*.tmp"), path / _NEXT]:
+    for file in [*path.rglob(".*.tmp"), path / _NEXT]:
         if file.is_file():
             file.unlink()
             logging.info("removed %s, which a run that was killed left half-written", file)
@@ -287,6 +292,11 @@ def _about(path: Path) -> Dict[str, Any]:
         return {"number": int(about["number"]), "starts": list(about["starts"])}
     except (OSError, ValueError, KeyError, TypeError):  # written by an older version, or damaged
         return {"number": 0, "starts": []}
+
+
+def _has_no_locks(error: Exception) -> bool:
+    """Whether a lock failed because the file system has none; filelock's word for ENOSYS is NotImplementedError."""
+    return isinstance(error, NotImplementedError) or error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def _who(path: Path) -> str:

@@ -40,7 +40,7 @@ class RunLog:
             config: resolved, as plain values.
             step: batches trained so far, where a resumed run's curves go on.
             tensorboard: true, false, or auto: if it is installed.
-            wandb: false, true, or a mapping with arguments of ``wandb.init``.
+            wandb: none or false, true, or a mapping with arguments of ``wandb.init``, which stand before ours.
         """
         if not self._active:
             return
@@ -113,8 +113,8 @@ class _WandB:
         known = folder / "wandb_id"
         if known.exists():
             arguments.setdefault("id", known.read_text().strip())
-        arguments = {"project": "lavis-kvmod", "name": folder.name, **arguments}
-        self._run = wandb.init(dir=str(folder), config=config, resume="allow", **arguments)
+        ours = {"project": "lavis-kvmod", "name": folder.name, "dir": str(folder), "config": config, "resume": "allow"}
+        self._run = wandb.init(**{**ours, **arguments})
         known.write_text(self._run.id)
 
     def write(self, numbers: Dict[str, float], step: int) -> None:

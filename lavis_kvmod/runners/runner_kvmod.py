@@ -9,6 +9,7 @@ data), `loaders` (what a batch holds), `steps` (one optimizer step), `schedules`
 import contextlib
 import datetime
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -271,11 +272,12 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
         if is_main_process():
             about = environment(self.device, get_world_size())
             self.folder.add_start({**about, "resumed_from": self.folder.checkpoint and str(self.folder.checkpoint)})
+        config = self._resolved_config()
         self.log.start(
-            self._resolved_config(),
+            config,
             self._batches_done(),
             tensorboard=self._run_key("tensorboard", "auto"),
-            wandb=self._run_key("wandb", False),
+            wandb=config["run"].get("wandb"),
         )
         if self.state.epoch >= self.max_epoch:
             logging.info("%s is trained: all %d epochs are done; only testing it", self.output_dir, self.max_epoch)
@@ -307,7 +309,7 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
     def validate(self, epoch: int) -> bool:
         """Evaluate the validation splits; whether the first one's ``agg_metrics`` is the best so far.
 
-        Any value may be the best, also 0 or less; LAVIS saves only what is above 0 on a split named "val"
+        Any finite value may be the best, also 0 or less; LAVIS saves only what is above 0 on a split named "val"
         (runner_base.py:390). Without validation splits the newest epoch counts as the best.
         """
         state = self.state
@@ -333,6 +335,9 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
                 f"task {type(self.task).__name__} gave no 'agg_metrics' for split {split!r}: the best "
                 f"checkpoint cannot be told; it gave {sorted(metrics)}"
             )
+        if not math.isfinite(value):  # nothing would be better, or worse
+            logging.warning("%s, epoch %d: agg_metrics is %s, which is never the best", split, epoch, value)
+            return False
         best = self.state.best_agg_metric
         if metrics.get("scored") == 0:
             logging.warning("%s has nothing to score against: the newest epoch counts as the best", split)

@@ -55,6 +55,8 @@ def runner_problems(run: Mapping[str, Any]) -> List[str]:
         value = run.get(key)
         if value is not None and not kind.holds(value):
             problems.append(f"run.{key}: expected {kind.expected}, got {value!r}")
+    if run.get("patience") is not None and not run.get("valid_splits"):
+        problems.append("run.patience: it counts validations, and run.valid_splits is empty; set both, or neither")
     for key, wanted in (("tensorboard", run.get("tensorboard") is True), ("wandb", bool(run.get("wandb")))):
         if wanted and not is_installed(key):
             problems.append(f"run.{key}: {key} is not installed; pip install {key}, or set run.{key}=false")

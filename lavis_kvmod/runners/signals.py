@@ -21,8 +21,8 @@ class Stopped(SystemExit):
 class StopSignals:
     """While in force, SIGTERM and SIGINT set `received`, which the run looks at after each step.
 
-    A second Ctrl-C stops at once. Inside `nothing_to_save`, where all that was trained is on the disk, the first signal
-    of either kind does.
+    A Ctrl-C after either stops at once. Inside `nothing_to_save`, where all that was trained is on the disk, the first
+    signal of either kind does.
     """
 
     def __init__(self):
@@ -60,8 +60,8 @@ class StopSignals:
         if self._at_once:
             self.received = signum
             raise Stopped(signum)
-        if self.received == signum == signal.SIGINT:
-            raise KeyboardInterrupt
         if self.received is None:
             self.received = signum
             logging.warning("%s: saving after this step, then stopping", signal.Signals(signum).name)
+        elif signum == signal.SIGINT:
+            raise KeyboardInterrupt

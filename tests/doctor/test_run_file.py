@@ -106,8 +106,9 @@ def test_weights_and_what_is_still_to_come(tmp_path, monkeypatch):
 
 
 def test_room_for_checkpoints(tmp_path):
-    assert output_findings(tmp_path / "new", 2**20)[0].mark == OK
-    (full,) = output_findings(tmp_path / "new", 2**60)
+    (enough,) = output_findings(tmp_path / "new", 2**20, keep_last=4)
+    assert enough.mark == OK and "checkpoints take up to 18 MiB" in enough.text  # 4, the best and the next
+    (full,) = output_findings(tmp_path / "new", 2**60, keep_last=1)
     assert full.mark == WRONG and "run.output_dir" in full.step
 
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lavis_kvmod import Blip2OPTKVMod, checkpoints
 from lavis_kvmod.config import ConfigurationError
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.launch import build_runner, load_config
-from lavis_kvmod.runners import run_log
+from lavis_kvmod.runners import epochs, run_log
 from lavis_kvmod.runners.environment import git_revision
 from lavis_kvmod.runners.pace import Pace
 from lavis_kvmod.tasks.vqa import KVModVQATask
@@ -105,6 +106,20 @@ def test_patience_ends_a_run_that_no_longer_gets_better(write_run, runs, monkeyp
     assert checkpoints.read(runs()[0] / LAST)["epoch"] == 3
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_metric_that_is_not_finite_is_never_the_best(write_run, runs, monkeypatch, caplog, value):
+    values = iter([value, 1.0])
+    monkeypatch.setattr(KVModVQATask, "after_evaluation", lambda self, **kw: {"agg_metrics": next(values)})
+    runner = build_runner(load_config(write_run()))
+    assert [runner.validate(epoch) for epoch in range(2)] == [False, True]
+    assert (runner.state.best_epoch, runner.state.best_agg_metric) == (1, 1.0)
+
+
+def test_patience_without_validations_is_told(write_run):
+    with pytest.raises(ConfigurationError, match="run.patience: it counts validations, and run.valid_splits is empty"):
+        load_config(write_run(patience=2, valid_splits=[]))
+
+
 def test_the_prefix_generator_learns_at_its_own_rate(write_run, runs):
     train(write_run(max_epoch=1, kv_lr_scale=10, valid_splits=[], warmup_steps=0))
     (line,) = log_lines(runs()[0])
@@ -185,14 +200,26 @@ def test_the_share_leaves_the_runs_randomness_alone(write_run, runs, monkeypatch
 
 
 def test_pace_by_a_clock_of_its_own():
-    now = iter([0, 1, 3, 5, 6, 8, 8])
+    now = iter([0, 1, 4, 6, 7, 8])
     pace = Pace(total=12, done=2, samples=10, clock=lambda: next(now))
     for _ in range(2):
         pace.got_data()  # after 1 s, after 2 s
         pace.done_batch()
+        pace.ask_for_data()  # after 3 s, after 1 s
     facts = pace.facts(26, torch.device("cpu"))
     assert facts["samples_per_second"] == 2.0 and facts["hours_to_go"] == round(8 * 8 / 2 / 3600, 3)
     assert facts["data_wait_share"] == round(3 / 8, 3)
+
+
+def test_writing_a_checkpoint_is_not_waiting_for_data(write_run, runs, monkeypatch):
+    """By a clock that goes on only while one is written."""
+    now = [0.0]
+    monkeypatch.setattr(epochs, "Pace", partial(Pace, clock=lambda: now[0]))
+    runner = build_runner(load_config(write_run(valid_splits=[], save_every_n_iters=1, log_freq=1)))
+    monkeypatch.setattr(runner, "_save_checkpoint", lambda epoch: now.append(now.pop() + 100))
+    runner.train_epoch(0)
+    timing = [json.loads(line) for line in (runs()[0] / "timing.txt").read_text().splitlines()]
+    assert now[0] == 600 and {line["data_wait_share"] for line in timing} == {0.0}
 
 
 def test_tensorboard_draws_both_logs(write_run, runs):
@@ -218,15 +245,17 @@ def test_weights_and_biases_gets_the_same(write_run, runs, monkeypatch, tmp_path
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     path = write_run(max_epoch=1, valid_splits=[], resume_ckpt_path="auto", wandb={"project": "mine"})
-    train(path)
+    train(path, ["run.wandb.dir=here", "run.wandb.resume=must", "run.wandb.config.lab=ours"])
     import wandb
 
     arguments, *logged, last = wandb.calls
-    assert arguments["project"] == "mine" and arguments["config"]["run"]["max_epoch"] == 1
+    assert (arguments["project"], arguments["dir"], arguments["resume"]) == ("mine", "here", "must")
+    assert type(arguments["config"]) is dict and arguments["config"] == {"lab": "ours"}
     assert last == "finished" and any("train_loss" in numbers and step == 7 for numbers, step in logged)
     wandb.calls.clear()
     train(path, ["run.max_epoch=2"])
     assert wandb.calls[0]["id"] == "abc"  # the same curve goes on
+    assert wandb.calls[0]["resume"] == "allow" and wandb.calls[0]["config"]["run"]["max_epoch"] == 2
 
 
 def test_every_wrong_key_is_told(write_run, monkeypatch):

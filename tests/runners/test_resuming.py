@@ -48,6 +48,7 @@ def test_changes_name_what_matters_with_both_values():
         "model.prefix_gate: none -> tanh",
         "run.amp: (not there) -> bf16",
         "run.init_lr: 0.1 -> 0.2",
+        "run.max_epoch: 3 -> 5",  # cosine rates end there
     ]
 
 

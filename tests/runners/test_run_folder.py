@@ -1,8 +1,11 @@
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
 import resource
 import signal
+import stat
 
 import pytest
 import torch
@@ -54,6 +57,27 @@ def test_checkpoints_move_on_and_as_many_as_asked_stay(folder):
     assert names(folder) == {LAST: 9, "checkpoint_last-1.pth": 3, "checkpoint_last-2.pth": 2}
     folder.save_last(contents(10), keep=1)
     assert names(folder) == {LAST: 10}
+
+
+def test_the_names_are_on_the_disk_before_the_next_step_counts_on_them(folder, monkeypatch):
+    """The older ones moved on, then the new one in place: the folder is synced after either."""
+    folder.save_last(contents(0), keep=2)
+    events, replace, fsync = [], os.replace, os.fsync
+
+    def replaced(source, target):
+        events.append(os.path.basename(target))
+        return replace(source, target)
+
+    def synced(opened):
+        if stat.S_ISDIR(os.fstat(opened).st_mode):
+            events.append("synced")
+        return fsync(opened)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(os, "fsync", synced)
+    folder.save_last(contents(1), keep=2)
+    written, moved, placed = "checkpoint_next.pth", "checkpoint_last-1.pth", LAST
+    assert events == [written, "synced", moved, "synced", placed, "synced"]
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -171,13 +195,36 @@ def test_a_second_run_in_a_folder_is_refused_and_told_by_whom(tmp_path, monkeypa
     find_newest_run(tmp_path).release()
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_is_told_and_no_other_run_tidied(tmp_path, monkeypatch, caplog, code):
+    old = RunFolder.create(tmp_path, "old")
+    old.release()
+    (old.path / f".{LAST}.123.tmp").write_bytes(b"half")
+
+    def flock(opened, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if code == errno.EIO:
+        with pytest.raises(OSError, match="Input/output error"):
+            RunFolder.create(tmp_path, "new")
+        return
+    made = RunFolder.create(tmp_path, "new")
+    made.save_last(contents(0))
+    made.release()
+    assert f"{made.path}: this file system has no locks" in caplog.text
+    assert list(old.path.glob(".*.tmp"))
+
+
 def test_what_a_killed_writer_left_is_removed_where_nobody_writes(tmp_path):
     old, busy = RunFolder.create(tmp_path, "old"), RunFolder.create(tmp_path, "busy")
     for made in (old, busy):
         (made.path / f".{LAST}.123.tmp").write_bytes(b"half")
+        (made.path / "result").mkdir()
+        (made.path / "result" / ".val_epoch0.json.123.tmp").write_bytes(b"half")
     old.release()
     RunFolder.create(tmp_path, "new").release()
-    assert not list(old.path.glob(".*.tmp")) and list(busy.path.glob(".*.tmp"))
+    assert not list(old.path.rglob(".*.tmp")) and len(list(busy.path.rglob(".*.tmp"))) == 2
     busy.release()
 
 
