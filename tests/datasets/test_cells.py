@@ -3,10 +3,12 @@
 import math
 
 import pytest
+from omegaconf import OmegaConf
 
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.builder import VQABuilder
 from lavis_kvmod.datasets.cells import read_id, read_text, read_texts
+from lavis_kvmod.datasets.shards.builders import _patterns
 from lavis_kvmod.datasets.shards.files import find_shards
 from lavis_kvmod.datasets.shards.rows import CAPTION, VQA
 
@@ -46,3 +48,9 @@ def test_a_brace_without_its_other_half_is_a_config_problem():
 def test_an_empty_answer_is_no_candidate():
     rows = [{"answer": ["red", "", " red "]}, {"answer": ["blue"]}]
     assert VQABuilder.answer_list(None, {"train": rows}) == ["red", "blue"]
+
+
+def test_shards_of_a_split_may_be_named_bare():
+    annotations = {"train": "a.tar", "val": ["b.tar", "c.tar"], "test": {"storage": "d.tar"}}
+    section = OmegaConf.create({"build_info": {"annotations": annotations}})
+    assert _patterns(section) == {"train": ["a.tar"], "val": ["b.tar", "c.tar"], "test": ["d.tar"]}
