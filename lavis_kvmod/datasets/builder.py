@@ -5,7 +5,6 @@ found in their folders, every row is checked, and everything that is wrong is to
 """
 
 import logging
-import re
 from collections import Counter
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -21,6 +20,7 @@ from lavis_kvmod.datasets.annotated import (
     VQATrainData,
 )
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy, some_of
+from lavis_kvmod.datasets.cells import has_words
 from lavis_kvmod.datasets.image_folders import ImageFolders, MissingImageError
 from lavis_kvmod.datasets.images import BadImageError
 from lavis_kvmod.datasets.storage import stored, strings
@@ -229,7 +229,7 @@ class VQABuilder(AnnotationBuilder):
 
     def row_problem(self, row: Annotation, needs_target: bool) -> Optional[Problem]:
         """No question, no answer, or weights that do not fit the answers."""
-        if not _has_words(row.get("question")):
+        if not has_words(row.get("question")):
             return Problem("empty question", f"expected a question, got {row.get('question')!r}")
         answers = row.get("answer") or []
         if not all(answer.strip() for answer in answers):
@@ -243,7 +243,8 @@ class VQABuilder(AnnotationBuilder):
 
     def answer_list(self, splits: Splits) -> Optional[List[str]]:
         """All answers of the train split, the most frequent first: what may be known before evaluation."""
-        counts = Counter(answer for row in splits.get("train", ()) for answer in row["answer"])
+        answers = (answer.strip() for row in splits.get("train", ()) for answer in row["answer"])
+        counts = Counter(answer for answer in answers if answer)
         return sorted(counts, key=lambda answer: (-counts[answer], answer)) or None
 
 
@@ -257,7 +258,7 @@ class CaptionBuilder(AnnotationBuilder):
     def row_problem(self, row: Annotation, needs_target: bool) -> Optional[Problem]:
         """No caption."""
         captions = row.get("caption") or []
-        if not all(_has_words(caption) for caption in captions):
+        if not all(has_words(caption) for caption in captions):
             return Problem("empty caption", f"one of its captions is empty: {captions!r}")
         if needs_target and not captions:
             return Problem("no caption", "it has no caption, where other rows have")
@@ -313,7 +314,3 @@ def _look_up(name: str, folders: ImageFolders) -> Found:
     except BadImageError as error:
         return Problem("image name not unique", str(error))
     return path, folders.name_of(path)
-
-
-def _has_words(text: Optional[str]) -> bool:
-    return bool(text) and re.search(r"\w", text) is not None

@@ -5,9 +5,10 @@ Raises ValueError throughout for what cannot be meant; the message names the col
 
 import json
 import math
+import re
 from typing import Any, List, Optional, Sequence, Union
 
-__all__ = ["first", "read_id", "read_text", "read_texts", "read_weight"]
+__all__ = ["check_encodable", "first", "has_words", "is_nothing", "read_id", "read_text", "read_texts", "read_weight"]
 
 
 def first(cells: Sequence[Any]) -> Any:
@@ -15,11 +16,30 @@ def first(cells: Sequence[Any]) -> Any:
     return cells[0] if cells else None
 
 
+def has_words(text: Optional[str]) -> bool:
+    """Whether anything of a text is left by LAVIS's text processors, which drop punctuation."""
+    return bool(text) and re.search(r"\w", text) is not None
+
+
+def is_nothing(cell: Any) -> bool:
+    """Whether a cell is empty: None, or the NaN that pandas writes for it."""
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+
+
+def check_encodable(text: str, purpose: str) -> str:
+    """The text. One with half a character in it, as of a torn emoji in JSON, no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{purpose}: half a character at {error.start} in {ascii(text)}") from None
+    return text
+
+
 def read_text(cell: Any, purpose: str) -> str:
     """A text without the space around it; a number is spelt out, and nothing is ''."""
     if isinstance(cell, str):
-        return cell.strip()
-    if cell is None:
+        return check_encodable(cell.strip(), purpose)
+    if is_nothing(cell):
         return ""
     if isinstance(cell, bool) or not isinstance(cell, (int, float)):
         raise ValueError(f"{purpose}: expected a text, got {json.dumps(cell, ensure_ascii=False)}")
@@ -35,7 +55,7 @@ def read_texts(cells: Sequence[Any], purpose: str, separator: Optional[str] = No
             cell = _parts(cell.strip(), separator)
         if isinstance(cell, (list, tuple)):
             texts += [read_text(entry, purpose) for entry in cell]
-        elif cell is not None:
+        elif not is_nothing(cell):
             texts.append(read_text(cell, purpose))
     return texts
 
@@ -52,14 +72,16 @@ def _parts(cell: str, separator: Optional[str]) -> List[Any]:
 
 def read_id(cell: Any, purpose: str) -> Union[None, str, int, float]:
     """An id as it is, number or text; None for nothing."""
-    if cell is None or isinstance(cell, str):
-        return (cell or "").strip() or None
+    if is_nothing(cell):
+        return None
+    if isinstance(cell, str):
+        return cell.strip() or None
     if isinstance(cell, bool) or not isinstance(cell, (int, float)):
         raise ValueError(f"{purpose}: expected a number or a text, got {json.dumps(cell, ensure_ascii=False)}")
     return cell
 
 
-def read_weight(text: str) -> float:
+def read_weight(text: Union[str, float]) -> float:
     """A finite number that is not negative."""
     try:
         weight = float(text)

@@ -96,8 +96,10 @@ def _format(path: Path, format: Optional[str]) -> str:
 def _decoded(path: Path, encoding: Optional[str], name: str) -> str:
     encoding = encoding or "utf-8"
     try:
+        codec = codecs.lookup(encoding).name
+        "".encode(encoding)  # raises LookupError for codecs such as hex, which are not of texts
         # A byte order mark would become part of the first column's name.
-        codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+        codec = "utf-8-sig" if codec == "utf-8" else encoding
     except (LookupError, TypeError):
         raise BadDataError(f"encoding: expected a name such as utf-8 or cp1252, got {encoding!r}") from None
     try:
@@ -125,6 +127,7 @@ def _decoded(path: Path, encoding: Optional[str], name: str) -> str:
 def _csv_rows(text: str, delimiter: Optional[str], expected: Sequence[str], name: str) -> Tuple[List[str], List[Row]]:
     if not text.strip():
         raise BadDataError(f"{name}: the file is empty")
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a long cell is no mistake
     delimiter = _best_delimiter(text, expected) if delimiter is None else _DELIMITER_NAMES.get(delimiter, delimiter)
     if len(delimiter) != 1:
         raise BadDataError(f"delimiter: expected one character, or tab, comma, semicolon or pipe; got {delimiter!r}")

@@ -191,3 +191,20 @@ def test_empty_and_unreadable_files(tmp_path):
     with pytest.raises(BadDataError, match="folder.csv: not readable"):
         (tmp_path / "folder.csv").mkdir()
         read_table(tmp_path / "folder.csv")
+
+
+def test_a_codec_that_is_not_of_texts(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("question\nwhat?\n")
+    with pytest.raises(BadDataError, match="encoding: expected a name"):
+        read_table(path, encoding="hex")
+
+
+@pytest.mark.parametrize("delimiter", [None, "comma"])
+def test_a_long_cell_is_read_and_a_quote_left_open_is_told(tmp_path, delimiter):
+    path, long = tmp_path / "rows.csv", "word " * 40_000
+    path.write_text(f'question\n"{long}"\n')
+    assert read_table(path, delimiter=delimiter).rows[0].values == {"question": long}
+    path.write_text(f'"question\n{long}\n')
+    with pytest.raises(BadDataError, match="quot"):
+        read_table(path, delimiter=delimiter)

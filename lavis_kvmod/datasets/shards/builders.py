@@ -4,7 +4,7 @@ import logging
 from typing import Dict, List, Optional, Sequence
 
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy
 from lavis_kvmod.datasets.shards.counting import count_all
@@ -155,9 +155,10 @@ class WdsCaptionBuilder(_ShardBuilder):
 
 
 def _patterns(section: DictConfig) -> Dict[str, List[str]]:
-    """The patterns of each split that names any."""
+    """The patterns of each split that names any, under ``storage`` or bare."""
     named = (section.get("build_info") or {}).get("annotations") or {}
-    patterns = {split: strings((entry or {}).get("storage")) for split, entry in named.items()}
+    stored = {split: entry.get("storage") if OmegaConf.is_dict(entry) else entry for split, entry in named.items()}
+    patterns = {split: strings(given) for split, given in stored.items()}
     return {split: given for split, given in patterns.items() if given}
 
 

@@ -83,7 +83,12 @@ def find_shards(patterns: Sequence[str], kind: Optional[Kind] = None) -> List[Sh
         if pattern.startswith(_URL_SCHEMES):
             problems.append(f"{pattern}: expected a path on this machine; download the shards, or mount where they are")
             continue
-        for expanded in braceexpand.braceexpand(pattern):
+        try:
+            names = list(braceexpand.braceexpand(pattern))
+        except braceexpand.UnbalancedBracesError:
+            problems.append(f"{pattern}: a brace without its other half; expected a list such as {{000..099}}")
+            continue
+        for expanded in names:
             places = _places(expanded)
             place, found = next(((place, found) for place in places for found in [_files(place)] if found), ("", []))
             if not found:

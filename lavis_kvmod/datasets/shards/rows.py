@@ -22,6 +22,8 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 from webdataset.handlers import reraise_exception
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from lavis_kvmod.datasets.cells import check_encodable, has_words, read_weight
+
 __all__ = ["CAPTION", "IMAGE_EXTENSIONS", "VQA", "Kind", "Row", "ends_as_a_tar", "rows_by_sample"]
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
@@ -236,9 +238,10 @@ def _known(entry: Annotation) -> Annotation:
 
 def _question(entry: Annotation, text: Optional[str]) -> Annotation:
     question = entry.get("question")
-    if not isinstance(question, str) or not question.strip():
+    if not isinstance(question, str) or not has_words(question):
         known = ", ".join(sorted(entry)) or "nothing"
         raise ValueError(f"expected a question (a text under 'question'), got {question!r} among {known}")
+    check_encodable(question, "question")
     answers = _texts(entry, _ANSWER_KEYS, "answer")
     if answers and not any(answer.strip() for answer in answers):
         raise ValueError(f"all its answers are empty: {answers!r}")
@@ -248,13 +251,13 @@ def _question(entry: Annotation, text: Optional[str]) -> Annotation:
         weights = weights if isinstance(weights, list) else [weights]
         if len(weights) != len(answers) or not all(isinstance(w, (int, float)) for w in weights):
             raise ValueError(f"expected {len(answers)} weights, one for each answer, got {weights!r}")
-        annotation["weight"] = weights
+        annotation["weight"] = [read_weight(weight) for weight in weights]
     return annotation
 
 
 def _caption(entry: Annotation, text: Optional[str]) -> Annotation:
     captions = _texts(entry, _CAPTION_KEYS, "caption") or ([] if text is None else [text])
-    if not all(caption.strip() for caption in captions):
+    if not all(has_words(caption) for caption in captions):
         raise ValueError(f"one of its captions is empty: {captions!r}")
     return {"caption": captions}
 
@@ -269,7 +272,7 @@ def _texts(entry: Annotation, keys, what: str) -> List[str]:
             value = str(value)
         if not isinstance(value, str):
             raise ValueError(f"expected each {what} to be a text, got {value!r}")
-        texts.append(value)
+        texts.append(check_encodable(value, what))
     return texts
 
 
