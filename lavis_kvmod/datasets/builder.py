@@ -23,7 +23,7 @@ from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy, some
 from lavis_kvmod.datasets.cells import has_words
 from lavis_kvmod.datasets.image_folders import ImageFolders, MissingImageError
 from lavis_kvmod.datasets.images import BadImageError
-from lavis_kvmod.datasets.storage import stored, strings
+from lavis_kvmod.datasets.storage import looked_for, stored, strings
 from lavis_kvmod.paths import resource
 
 __all__ = ["AnnotationBuilder", "CaptionBuilder", "VQABuilder"]
@@ -74,6 +74,7 @@ class AnnotationBuilder(BaseDatasetBuilder):
         raise NotImplementedError
 
     target: str  # the key of what a model is to say: "answer" or "caption"
+    images_from = ""  # how to get them
 
     # ------------------------------------------------------------ what LAVIS calls
 
@@ -171,9 +172,10 @@ class AnnotationBuilder(BaseDatasetBuilder):
         roots = strings((self.config.build_info.get(self.data_type) or {}).get("storage"))
         if not roots:
             raise BadDataError(f"{key}: not set; set it to the folder of the images, or to a list of folders")
-        missing = [str(stored(root)) for root in roots if not stored(root).is_dir()]
+        missing = [looked_for(root) for root in roots if not stored(root).is_dir()]
         if missing:
-            raise BadDataError([f"no folder {path} (images); set {key} to yours" for path in missing])
+            how = f"{self.images_from}, or " if self.images_from else ""
+            raise BadDataError([f"no folder {places} (images); {how}set {key} to yours" for places in missing])
         return ImageFolders([stored(root) for root in roots])
 
     def _check(self, split: str, rows: Sequence[Annotation], policy: BadSamplePolicy) -> List[Annotation]:
@@ -239,6 +241,8 @@ class VQABuilder(AnnotationBuilder):
         weights = row.get("weight")
         if weights and len(weights) != len(answers):
             return Problem("weights", f"{len(weights)} weights for {len(answers)} answers")
+        if weights and not sum(weights):
+            return Problem("weights", f"all its weights are 0: {weights!r}")
         return None
 
     def answer_list(self, splits: Splits) -> Optional[List[str]]:

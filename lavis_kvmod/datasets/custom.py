@@ -15,7 +15,7 @@ from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.builder import AnnotationBuilder, CaptionBuilder, Splits, VQABuilder
 from lavis_kvmod.datasets.cells import first, read_id, read_text, read_texts, read_weight
 from lavis_kvmod.datasets.splits import DEFAULT_SEED, split_by_image, split_problems
-from lavis_kvmod.datasets.storage import stored, strings
+from lavis_kvmod.datasets.storage import looked_for, stored, strings
 from lavis_kvmod.datasets.tables import Row, Table, read_table
 
 __all__ = ["CustomCaptionBuilder", "CustomVQABuilder"]
@@ -40,6 +40,7 @@ class _CustomBuilder(AnnotationBuilder):
     COLUMNS: Dict[str, Column]
     SEPARATOR: str  # the key that tells what stands between several texts in a cell
     OWN_KEYS: Tuple[str, ...] = ()  # of the section, beside those
+    files_from = ""  # how to get the annotations
 
     # ------------------------------------------------------------ which splits
 
@@ -127,7 +128,8 @@ class _CustomBuilder(AnnotationBuilder):
         for key, column in self.COLUMNS.items():
             names = self._names(key)
             missing = [name for name in names if name not in table.columns]
-            close = [_did_you_mean(name, table.columns) for name in missing]
+            others = [name for name in table.columns if name not in self.COLUMNS]
+            close = [_did_you_mean(name, others) for name in missing]
             # A file without answers or captions is for prediction; one with a misspelt column is not.
             required = column.required or (key == self.target and (split == "train" or any(close)))
             if missing and (required or key in _mapping(self.config, "columns")):
@@ -167,8 +169,9 @@ class _CustomBuilder(AnnotationBuilder):
             key = f"build_info.annotations.{split}.storage"
             if not names:
                 problems.append(f"{key}: not set; set it to the annotation file, or to a list of files")
-            missing = [stored(name) for name in names if not stored(name).is_file()]
-            problems += [f"no file {path} (annotations of {split}); set {key} to yours" for path in missing]
+            missing = [looked_for(name) for name in names if not stored(name).is_file()]
+            how = f"{self.files_from}, or " if self.files_from else ""
+            problems += [f"no file {places} (annotations of {split}); {how}set {key} to yours" for places in missing]
         if not files:
             problems.append(
                 "build_info.annotations: names no file; set build_info.annotations.train.storage to the annotation file"

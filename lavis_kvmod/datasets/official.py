@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Opt
 
 from lavis_kvmod.datasets.annotated import Annotation
 from lavis_kvmod.datasets.bad_samples import BadDataError
-from lavis_kvmod.datasets.storage import stored
+from lavis_kvmod.datasets.storage import looked_for, stored
 
 __all__ = [
     "BenchmarkFile",
@@ -59,7 +59,7 @@ class BenchmarkFile(NamedTuple):
             return f"{self.what}: {self.key} is not set; set it to the path of the file"
         if self.path.is_file():
             return None
-        here = f"{self.what}: no file {self.path}"
+        here = f"{self.what}: no file {looked_for(self.storage)}"
         if self.url is None:
             return f"{here}; set {self.key} to yours"
         put = "unpack" if self.url.endswith((".zip", ".tar.gz", ".tgz")) else "put"

@@ -6,7 +6,7 @@ from typing import Any, List
 from lavis.common.utils import get_cache_path
 from omegaconf import OmegaConf
 
-__all__ = ["strings", "stored"]
+__all__ = ["looked_for", "stored", "strings"]
 
 
 def stored(storage: str) -> Path:
@@ -16,6 +16,13 @@ def stored(storage: str) -> Path:
     if here.is_absolute() or here.exists():
         return here.absolute()
     return Path(get_cache_path(str(here)))
+
+
+def looked_for(storage: str) -> str:
+    """All places where `stored` looks, for the message that there is nothing: "A nor B"."""
+    here = Path(str(storage)).expanduser()
+    places = [here.absolute()] if here.is_absolute() else [here.absolute(), Path(get_cache_path(str(here)))]
+    return " nor ".join(map(str, places))
 
 
 def strings(value: Any) -> List[str]:

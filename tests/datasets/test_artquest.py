@@ -1,6 +1,7 @@
 """`artquest`: ArtQuest's files under its own names, and one's own in its layout."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from lavis.common.registry import registry
@@ -62,5 +63,11 @@ def test_a_split_that_is_null_is_not_there(cache_root, section_of):
 def test_what_is_missing_is_told_with_the_key_to_set(tmp_path, section_of, monkeypatch):
     monkeypatch.setitem(registry.mapping["paths"], "cache_root", str(tmp_path))
     found = "\n".join(ArtQuestBuilder.config_problems(section_of(ArtQuestBuilder)))
-    assert f"no folder {tmp_path}/SemArt/Images (images); set build_info.images.storage to yours" in found
-    assert f"no file {tmp_path}/artquest/artquest_train.csv (annotations of train)" in found
+    assert (
+        f"no folder {Path.cwd()}/SemArt/Images nor {tmp_path}/SemArt/Images (images); get the folder Images of SemArt "
+        "(https://arxiv.org/abs/1810.09617), put it there, or set build_info.images.storage to yours"
+    ) in found
+    assert (
+        f"no file {Path.cwd()}/artquest/artquest_train.csv nor {tmp_path}/artquest/artquest_train.csv (annotations of "
+        "train); get the CSV files of https://zenodo.org/records/10453925, put them there, or set"
+    ) in found

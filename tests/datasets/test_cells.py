@@ -32,6 +32,7 @@ def test_half_a_character_is_told():
         (VQA, {"question": "what?", "answer": "\ud83d"}, "half a character"),
         (VQA, {"question": "what?", "answer": "red", "weight": math.nan}, "weight: expected"),
         (VQA, {"question": "what?", "answer": "red", "weight": -1}, "weight: expected"),
+        (VQA, {"question": "what?", "answer": ["red", "blue"], "weight": [0, 0]}, "all its weights are 0"),
         (CAPTION, {"caption": "!!!"}, "captions is empty"),
     ],
 )

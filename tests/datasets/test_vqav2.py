@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from lavis.common.registry import registry
@@ -113,7 +114,8 @@ def test_missing_files_are_told_together_with_where_to_get_them(root):
     shutil.rmtree(root / "coco/images/test2015")
     found = problems()
     for expected in (
-        f"train, questions: no file {root}/{ANNOTATIONS}/v2_OpenEnded_mscoco_train2014_questions.json; get "
+        f"train, questions: no file {Path.cwd()}/{ANNOTATIONS}/v2_OpenEnded_mscoco_train2014_questions.json nor "
+        f"{root}/{ANNOTATIONS}/v2_OpenEnded_mscoco_train2014_questions.json; get "
         "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_Questions_Train_mscoco.zip and unpack it there, or set "
         "build_info.annotations.train.questions.storage to yours",
         "v2_Annotations_Val_mscoco.zip",

@@ -27,7 +27,6 @@ SPLITS = ("train", "val", "test")  # what LAVIS's builders build
 class LavisFilesBuilder(AnnotationBuilder):
     """Reads ``build_info.annotations.<split>.storage``, one file or several, as LAVIS does."""
 
-    images_from = ""
     optional_files: Sequence[int] = ()  # see `annotation_files`
 
     @classmethod

@@ -252,6 +252,8 @@ def _question(entry: Annotation, text: Optional[str]) -> Annotation:
         if len(weights) != len(answers) or not all(isinstance(w, (int, float)) for w in weights):
             raise ValueError(f"expected {len(answers)} weights, one for each answer, got {weights!r}")
         annotation["weight"] = [read_weight(weight) for weight in weights]
+        if weights and not sum(annotation["weight"]):
+            raise ValueError(f"all its weights are 0: {weights!r}")
     return annotation
 
 
