@@ -28,8 +28,8 @@ test: $(STAMP) ## run the fast tests
 
 # What is done to runs on purpose is timed and counted: without others beside it.
 test-full: $(STAMP) ## run all tests, the slow ones and the faults too (writes output/faults.json)
-	@$(PYTEST) -m '' --ignore=tests/faults
-	@$(BIN)/python -m pytest -m '' tests/faults
+	@status=0; $(PYTEST) -m '' --ignore=tests/faults || status=1; \
+	$(BIN)/python -m pytest -m '' tests/faults || status=1; exit $$status
 
 style: $(STAMP) ## check style and formatting
 	@$(BIN)/ruff check .
