@@ -136,6 +136,8 @@ class GradientStep:
             if self._scaler is not None:  # it takes no step where a gradient is not finite, and scales less
                 self._scaler.step(self._optimizer)
                 self._scaler.update()
+                if not math.isfinite(norm) and self._scaler.get_scale() < 1:  # no overflow that a smaller scale mends
+                    return StepResult(loss, norm, f"the norm of the gradient is {norm}, whatever the losses' scale")
             elif math.isfinite(norm):
                 self._optimizer.step()
             else:
