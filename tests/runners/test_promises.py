@@ -15,6 +15,7 @@ from lavis_kvmod.launch import build_runner, load_config
 from lavis_kvmod.runners import epochs, run_log
 from lavis_kvmod.runners.environment import git_revision
 from lavis_kvmod.runners.pace import Pace
+from lavis_kvmod.runners.training_state import get_rng_state, set_rng_state
 from lavis_kvmod.tasks.vqa import KVModVQATask
 from lavis_kvmod.train import main, train
 
@@ -93,6 +94,35 @@ def test_deterministic_computes_only_what_gives_the_same_bits(write_run, monkeyp
         assert not torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_what_is_deterministic_comes_twice_the_same(write_run, runs, assert_same_run):
+    try:
+        for name in ("first.yaml", "second.yaml"):
+            train(write_run(name=name, deterministic=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_run(*runs())
+
+
+def test_the_scaler_is_saved_and_taken_up(write_run, runs):
+    first, second = (build_runner(load_config(write_run())) for _ in range(2))
+    first._scaler, second._scaler = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (8.0, 2.0))
+    first._save_checkpoint(0)
+    second._load_checkpoint(str(first.output_dir / LAST))
+    assert second.scaler.get_scale() == 8.0
+
+
+def test_the_gpus_randomness_is_kept_too(monkeypatch):
+    """Which generator is asked, and told: a GPU is not needed for that."""
+    gpu, told = torch.device("cuda", 1), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: f"of {device}")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: told.append((state, device)))
+    set_rng_state(get_rng_state(gpu), gpu)
+    assert told == [("of cuda:1", gpu)]
+    set_rng_state(get_rng_state(torch.device("cpu")), gpu)
+    set_rng_state(get_rng_state(gpu), torch.device("cpu"))
+    assert len(told) == 1
 
 
 def test_patience_ends_a_run_that_no_longer_gets_better(write_run, runs, monkeypatch):
