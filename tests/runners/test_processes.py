@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from lavis_kvmod import checkpoints
 from lavis_kvmod.distributed import init_distributed
 from lavis_kvmod.launch import build_runner, load_config
+from lavis_kvmod.sharding import is_sharded
 from lavis_kvmod.train import main, train
 
 LAST = "checkpoint_last.pth"
@@ -185,8 +186,16 @@ def test_killed_and_resumed_on_two_processes(write_run, in_process, runs, killed
 def test_a_sharded_language_model_trains_as_a_whole_one(steady_run, in_process, runs):
     """`run.fsdp` on gloo: as DDP does, and its checkpoint is the same kind of file."""
     path = steady_run(max_epoch=5)
-    for name, options in (("ddp", []), ("fsdp", ["run.fsdp=true"])):
-        codes, output = ranks(in_process, steady(path, "run.valid_splits=[val]", *options), name)
+
+    def sharded():
+        runner = build_runner(load_config(path, ["run.valid_splits=[val]", "run.fsdp=true"]))
+        opt = runner.model.module.opt_model
+        weight = opt.model.decoder.layers[0].fc1.weight
+        assert is_sharded(opt) and weight.to_local().numel() == weight.numel() // 2
+        runner.train()
+
+    for name, function in (("ddp", steady(path, "run.valid_splits=[val]")), ("fsdp", sharded)):
+        codes, output = ranks(in_process, function, name)
         assert codes == [0, 0], output
     ddp, fsdp = (weights(runs(name)[0]) for name in ("ddp", "fsdp"))
     assert ddp.keys() == fsdp.keys() and largest_difference(ddp, fsdp) <= 1e-6
