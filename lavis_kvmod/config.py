@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_kvmod.checkpoints import quick_problem
-from lavis_kvmod.datasets.checks import data_problems, keep_used_splits
+from lavis_kvmod.datasets.checks import data_problems, keep_used_splits, kind_problems
 from lavis_kvmod.models.settings import ModelSettings, SettingsError
 from lavis_kvmod.paths import resolve_config
 from lavis_kvmod.plugin import use_cache_root
@@ -121,6 +121,7 @@ def load_config(cfg_path: str, options: Sequence[str] = (), *, data_only: bool =
     _add_image_processors(cfg)
     if not data_only:
         problems = _run_problems(cfg.run_cfg) + _model_problems(cfg.model_cfg) + _image_size_problems(cfg)
+        problems += kind_problems(cfg)
     problems += keep_used_splits(cfg) or data_problems(cfg)
     if problems:
         raise ConfigurationError(path, problems)

@@ -51,6 +51,7 @@ def test_a_data_set_of_another_kind_than_the_task_learns():
     assert told == (
         "datasets.digits_vqa: it holds answers, but run.task: kvmod_captioning learns captions; set run.task: kvmod_vqa"
     )
+    load_config(DEMO, ["run.task=kvmod_captioning"], data_only=True)  # to be packed, data need no task
 
 
 def test_a_section_that_nobody_reads():

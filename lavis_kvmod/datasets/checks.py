@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_kvmod.datasets.lavis_sets.base import SPLITS
 from lavis_kvmod.datasets.lavis_sets.files import annotation_files, image_folder_problems
 
-__all__ = ["builder_getter", "data_problems", "keep_used_splits"]
+__all__ = ["builder_getter", "data_problems", "keep_used_splits", "kind_problems"]
 
 _SPLIT_KEYS = ("train_splits", "valid_splits", "test_splits")
 _TASKS = {"answer": "kvmod_vqa", "caption": "kvmod_captioning"}
@@ -76,12 +76,9 @@ def _splits_given(name: str, section: DictConfig, cfg) -> Optional[List[str]]:
 
 
 def data_problems(cfg) -> List[str]:
-    """Data sets that are not of the task's kind; images and annotations that a run's builders would look for and not
-    find, or could not use."""
+    """Images and annotations that a run's builders would look for and not find, or could not use."""
     get = builder_getter(cfg.run_cfg)
-    problems = _of_another_kind(cfg)
-    if problems:
-        return problems
+    problems = []
     for name, section in cfg.datasets_cfg.items():
         builder = get(name)
         if hasattr(builder, "config_problems"):  # ours look into their files
@@ -96,7 +93,7 @@ def data_problems(cfg) -> List[str]:
     return problems
 
 
-def _of_another_kind(cfg) -> List[str]:
+def kind_problems(cfg) -> List[str]:
     """Data sets that hold captions where the task learns answers, or the other way round."""
     task, get = cfg.run_cfg.task, builder_getter(cfg.run_cfg)
     wanted = getattr(registry.get_task_class(task), "target", None)

@@ -6,23 +6,24 @@ from typing import Any, List
 from lavis.common.utils import get_cache_path
 from omegaconf import OmegaConf
 
-__all__ = ["looked_for", "stored", "strings"]
+__all__ = ["looked_for", "places", "stored", "strings"]
+
+
+def places(storage: str) -> List[Path]:
+    """Where a ``storage`` value is looked for: where the user stands, then in LAVIS's ``cache_root``."""
+    here = Path(str(storage)).expanduser()
+    return [here.absolute()] if here.is_absolute() else [here.absolute(), Path(get_cache_path(str(here)))]
 
 
 def stored(storage: str) -> Path:
-    """The path of a ``storage`` value: relative to where the user stands if it exists there, else to LAVIS's
-    ``cache_root``. It need not exist."""
-    here = Path(str(storage)).expanduser()
-    if here.is_absolute() or here.exists():
-        return here.absolute()
-    return Path(get_cache_path(str(here)))
+    """The first of a ``storage`` value's `places` where there is something, else the last."""
+    *earlier, last = places(storage)
+    return next((place for place in earlier if place.exists()), last)
 
 
 def looked_for(storage: str) -> str:
-    """All places where `stored` looks, for the message that there is nothing: "A nor B"."""
-    here = Path(str(storage)).expanduser()
-    places = [here.absolute()] if here.is_absolute() else [here.absolute(), Path(get_cache_path(str(here)))]
-    return " nor ".join(map(str, places))
+    """The `places`, for the message that there is nothing: "A nor B"."""
+    return " nor ".join(map(str, places(storage)))
 
 
 def strings(value: Any) -> List[str]:

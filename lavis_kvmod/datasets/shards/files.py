@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 import braceexpand
-from lavis.common.utils import get_cache_path
 
 from lavis_kvmod.datasets.bad_samples import BadDataError, some_of
 from lavis_kvmod.datasets.shards.rows import Kind, ends_as_a_tar
+from lavis_kvmod.datasets.storage import places
 
 __all__ = [
     "ANSWERS",
@@ -89,10 +89,10 @@ def find_shards(patterns: Sequence[str], kind: Optional[Kind] = None) -> List[Sh
             problems.append(f"{pattern}: a brace without its other half; expected a list such as {{000..099}}")
             continue
         for expanded in names:
-            places = _places(expanded)
-            place, found = next(((place, found) for place in places for found in [_files(place)] if found), ("", []))
+            looked = _places(expanded)
+            place, found = next(((place, found) for place in looked for found in [_files(place)] if found), ("", []))
             if not found:
-                missing.append(f"{expanded} (looked for {' and '.join(places)})")
+                missing.append(f"{expanded} (looked for {' and '.join(looked)})")
             globs.append(place)
             for path in found:
                 if path in paths:
@@ -113,10 +113,8 @@ def find_shards(patterns: Sequence[str], kind: Optional[Kind] = None) -> List[Sh
 
 
 def _places(pattern: str) -> List[str]:
-    """Where to look: where the user stands, then in LAVIS's cache; a folder means all its shards."""
-    here = Path(pattern).expanduser()
-    places = [here.absolute()] if here.is_absolute() else [here.absolute(), Path(get_cache_path(str(here)))]
-    return [str(place / "*.tar" if place.is_dir() else place) for place in places]
+    """Where to look; a folder means all its shards."""
+    return [str(place / "*.tar" if place.is_dir() else place) for place in places(pattern)]
 
 
 def _files(place: str) -> List[Path]:
