@@ -95,7 +95,7 @@ class BadSamplePolicy:
 class BadSampleCounter:
     """Counts the samples of an epoch that could not be read, and stops when there are too many.
 
-    A sample is counted once an epoch, however often it is met: a data set that skips it may meet it twice.
+    A bad sample is counted once an epoch, however often it is met: a data set that skips it may meet it twice.
 
     Args:
         max_share: the share of bad samples, of all seen, above which `BadDataError` is raised: while the epoch runs as
@@ -106,7 +106,7 @@ class BadSampleCounter:
     def __init__(self, max_share: float = 0.05, log: Callable[..., None] = logging.warning):
         self.max_share = max_share
         self._log = log
-        self._good = 0
+        self._asked_for = 0
         self._bad: Dict[str, None] = {}  # in the order met
 
     @property
@@ -116,16 +116,17 @@ class BadSampleCounter:
 
     @property
     def num_seen(self) -> int:
-        """How many samples there have been in this epoch, bad ones included."""
-        return self._good + len(self._bad)
+        """How many samples have been asked for in this epoch, bad ones included."""
+        return max(self._asked_for, self.num_bad)
 
-    def update(self, num_good: int, texts: Sequence[str] = ()) -> None:
-        """Count a batch: the samples in it, and the lines of its ``bad_samples``.
+    def update(self, num_samples: int, texts: Sequence[str] = ()) -> None:
+        """Count a batch: the samples in it, those that stand in for bad ones included, and the lines of its
+        ``bad_samples``.
 
         Raises:
             BadDataError: if the share is above the limit, whatever may still come.
         """
-        self._good += num_good
+        self._asked_for += num_samples
         self._bad.update(dict.fromkeys(texts))
         self._judge(max(self.num_seen, _SEEN_BEFORE_JUDGING))
 
@@ -148,7 +149,7 @@ class BadSampleCounter:
                 )
             return bad
         finally:
-            self._good = 0
+            self._asked_for = 0
             self._bad.clear()
 
     def _judge(self, seen: int) -> None:

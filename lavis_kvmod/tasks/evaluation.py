@@ -100,7 +100,8 @@ class DatasetEvaluation:
         share = {"rows": val_result, "loss": self._loss, "bad": self._bad or [], "pictures": self._pictures or {}}
         shares = gather([share])
         rows = self._in_order(row for share in shares for row in share["rows"])
-        self._count_bad(len(rows), [text for share in shares for text in share["bad"]], epoch)
+        bad = list(dict.fromkeys(text for share in shares for text in share["bad"]))
+        self._count_bad(len(rows) + len(bad), bad, epoch)  # a row that stood in for a bad one is there once
         if not is_main_process():
             return None
         annotations = self._annotations(rows)
@@ -160,11 +161,11 @@ class DatasetEvaluation:
         by_instance = {ann["instance_id"]: ann for ann in self._dataset.annotation}
         return [by_instance[row["instance_id"]] for row in rows]
 
-    def _count_bad(self, num_good: int, bad: List[str], epoch) -> None:
+    def _count_bad(self, num_samples: int, bad: List[str], epoch) -> None:
         share = getattr(self._dataset, "max_bad_share", None)
         log = logging.warning if is_main_process() else (lambda *args: None)
         counter = BadSampleCounter(log=log, **({} if share is None else {"max_share": share}))
-        counter.update(num_good, bad)
+        counter.update(num_samples, bad)
         counter.report(epoch)
 
     def _write_leaderboard(self, rows: List[Row], folder: Path) -> None:
