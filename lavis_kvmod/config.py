@@ -122,7 +122,9 @@ def load_config(cfg_path: str, options: Sequence[str] = (), *, data_only: bool =
     if not data_only:
         problems = _run_problems(cfg.run_cfg) + _model_problems(cfg.model_cfg) + _image_size_problems(cfg)
         problems += kind_problems(cfg)
-    problems += keep_used_splits(cfg) or data_problems(cfg)
+    ranks = cfg.run_cfg.get("inference_method") == "rank" and not cfg.run_cfg.get("answer_list")
+    # What is packed may be ranked later.
+    problems += keep_used_splits(cfg, ranks or data_only) or data_problems(cfg)
     if problems:
         raise ConfigurationError(path, problems)
     return cfg

@@ -21,9 +21,12 @@ def builder_getter(run: DictConfig) -> Callable:
     return getattr(registry.get_task_class(run.task), "builder_class", registry.get_builder_class)
 
 
-def keep_used_splits(cfg) -> List[str]:
+def keep_used_splits(cfg, ranks: bool) -> List[str]:
     """Take what a run does not use out of its data sets' sections, so that no file of another split is asked for,
     fetched or read; LAVIS's builders read all. A data set of which nothing is used goes as a whole.
+
+    Args:
+        ranks: whether the data sets' answers are needed as candidates for ranking.
 
     Returns:
         The problems: splits that no data set has.
@@ -55,7 +58,7 @@ def keep_used_splits(cfg) -> List[str]:
             continue
         section = cfg.datasets_cfg[name]
         reads = builder_getter(cfg.run_cfg)(name)
-        reads = reads.splits_read(section, needed) if hasattr(reads, "splits_read") else needed
+        reads = reads.splits_read(section, needed, ranks) if hasattr(reads, "splits_read") else needed
         if not needed & set(splits):
             del cfg.datasets_cfg[name]  # such as vg_vqa, which is for training alone, in an evaluation
             continue

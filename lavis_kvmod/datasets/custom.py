@@ -4,13 +4,13 @@ All keys of a section are in docs/data.md.
 """
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_kvmod.datasets.annotated import Annotation
+from lavis_kvmod.datasets.answer_list import checked_answers, read_answer_list
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.builder import AnnotationBuilder, CaptionBuilder, Splits, VQABuilder
 from lavis_kvmod.datasets.cells import first, read_id, read_text, read_texts, read_weight
@@ -51,8 +51,8 @@ class _CustomBuilder(AnnotationBuilder):
         return list(dict.fromkeys([*_files_by_split(section), *taken]))
 
     @classmethod
-    def splits_read(cls, section: DictConfig, used: Set[str]) -> Set[str]:
-        """The splits whose files are needed for a run that uses ``used``."""
+    def splits_read(cls, section: DictConfig, used: Set[str], ranks: bool = False) -> Set[str]:
+        """The splits whose files are needed for a run that uses ``used``; ``ranks``: the answers to rank, too."""
         return used | {"train"} if _mapping(section, "split") else used
 
     # ------------------------------------------------------------ from files to rows
@@ -197,17 +197,20 @@ class CustomVQABuilder(_CustomBuilder, VQABuilder):
     }
 
     @classmethod
-    def splits_read(cls, section: DictConfig, used: Set[str]) -> Set[str]:
+    def splits_read(cls, section: DictConfig, used: Set[str], ranks: bool = False) -> Set[str]:
         """Also train, where it is there and its answers are the candidates for ranking."""
         train = _files_by_split(section).get("train")
-        wanted = section.get("answer_list") is None and train and all(stored(name).is_file() for name in train)
-        return super().splits_read(section, used) | ({"train"} if wanted else set())
+        wanted = ranks and section.get("answer_list") is None and train and all(stored(name).is_file() for name in train)
+        return super().splits_read(section, used, ranks) | ({"train"} if wanted else set())
 
     def _texts(self, cells: Dict[str, List[Any]], separator: Optional[str]) -> Annotation:
         texts: Annotation = {
             "question": read_text(first(cells["question"]), "question"),
             "question_id": read_id(first(cells["question_id"]), "question_id"),
         }
+        if len(cells["answer"]) == len(cells["weight"]):  # they belong together, column by column
+            pairs = [(a, w) for a, w in zip(cells["answer"], cells["weight"]) if read_texts([a], "answer", separator)]
+            cells = {**cells, "answer": [a for a, _ in pairs], "weight": [w for _, w in pairs]}
         if cells["answer"]:
             texts["answer"] = read_texts(cells["answer"], "answer", separator)
         if cells["weight"]:
@@ -227,7 +230,7 @@ class CustomVQABuilder(_CustomBuilder, VQABuilder):
         try:
             self.answer_list({})
         except BadDataError as error:
-            problems += error.problems
+            problems.append(f"answer_list: {error}")
         return problems
 
 
@@ -260,24 +263,13 @@ def _files_by_split(section: DictConfig) -> Dict[str, List[str]]:
 
 
 def _answer_list(given: Any) -> List[str]:
-    """From a list in the YAML file, a JSON file with a list, or a text file with an answer a line."""
-    if OmegaConf.is_list(given):
-        answers = list(given)
-        if not all(isinstance(answer, str) for answer in answers):
-            raise BadDataError(f"answer_list: expected texts, got {answers}; YAML wants yes, no and numbers in quotes")
-    else:
-        path = stored(str(given))
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-            answers = json.loads(text) if path.suffix == ".json" else text.splitlines()
-        except (OSError, ValueError) as error:
-            raise BadDataError(f"answer_list: {path} is not readable: {error}") from error
-        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-            raise BadDataError(f'answer_list: expected {path} to hold a list of texts, such as ["yes", "no"]')
-    answers = list(dict.fromkeys(answer.strip() for answer in answers if answer.strip()))
-    if not answers:
-        raise BadDataError("answer_list: it is empty")
-    return answers
+    """From a list in the YAML file, or from a file."""
+    if not OmegaConf.is_list(given):
+        return read_answer_list(str(given))
+    answers = list(given)
+    if not all(isinstance(answer, str) for answer in answers):
+        raise BadDataError(f"expected texts, got {answers}; YAML wants yes, no and numbers in quotes")
+    return checked_answers(answers, "the list")
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:

@@ -18,7 +18,6 @@ __all__ = [
     "entries",
     "image_path",
     "paths_of",
-    "read_answer_list",
     "read_json",
     "read_vqa",
 ]
@@ -101,18 +100,6 @@ def _nothing_to_collect() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def read_answer_list(path: Path) -> List[str]:
-    """The candidates for ranking in a JSON file.
-
-    Raises:
-        BadDataError: if they are not a list of texts.
-    """
-    answers = read_json(path)
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise BadDataError(f'{path}: expected a list of answers, such as ["yes", "no"]')
-    return answers
 
 
 def entries(path: Path, key: str, object_hook: Optional[Callable] = None) -> List[Dict[str, Any]]:

@@ -43,7 +43,7 @@ def split_by_image(rows: Sequence[Annotation], shares: Mapping[str, float], seed
     """``train`` and the splits that ``shares`` names, each image with all its rows in one of them.
 
     Which images go where depends on their names and the seed, not on the order of the rows. A split gets its share of
-    the images, rounded, and at least one. Rows keep their order.
+    the images, rounded, and at least one. Rows keep their order; those whose image was not found stay in ``train``.
 
     Args:
         rows: annotations with an ``image_name``.
@@ -53,7 +53,8 @@ def split_by_image(rows: Sequence[Annotation], shares: Mapping[str, float], seed
     Raises:
         BadDataError: if there are too few images.
     """
-    images = sorted({row["image_name"] for row in rows}, key=lambda name: _lot(seed, name))
+    found = {row["image_name"] for row in rows if not row.get("image_problem")}
+    images = sorted(found, key=lambda name: _lot(seed, name))
     sizes = {split: max(1, round(share * len(images))) for split, share in shares.items()}
     if sum(sizes.values()) >= len(images):
         wanted = ", ".join(f"{split} {size}" for split, size in sizes.items())

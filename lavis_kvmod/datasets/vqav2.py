@@ -13,10 +13,11 @@ from typing import List, Optional, Set
 from omegaconf import DictConfig
 
 from lavis_kvmod.datasets.annotated import Annotation
+from lavis_kvmod.datasets.answer_list import read_answer_list
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.builder import Splits
 from lavis_kvmod.datasets.image_folders import ImageFolders
-from lavis_kvmod.datasets.official import BenchmarkFile, paths_of, read_answer_list, read_vqa
+from lavis_kvmod.datasets.official import BenchmarkFile, paths_of, read_vqa
 from lavis_kvmod.datasets.storage import stored, strings
 from lavis_kvmod.datasets.vqa_benchmark import BenchmarkVQABuilder
 
@@ -47,7 +48,7 @@ class OfficialVQABuilder(BenchmarkVQABuilder):
     # ------------------------------------------------------------ which splits
 
     @classmethod
-    def splits_read(cls, section: DictConfig, used: Set[str]) -> Set[str]:
+    def splits_read(cls, section: DictConfig, used: Set[str], ranks: bool = False) -> Set[str]:
         """The splits whose files are needed for a run that uses ``used``."""
         with_val = "train" in used and section.get("train_on") == "trainval"
         return used | {"val"} if with_val else used
@@ -111,7 +112,7 @@ class OfficialVQABuilder(BenchmarkVQABuilder):
         entry = self.config.build_info.get("answer_list")
         file = entry and BenchmarkFile.from_config("answer list", "build_info.answer_list", entry)
         if file and file.problem() is None:
-            return read_answer_list(file.path)
+            return read_answer_list(file.storage)
         counts = Counter(Counter(row["answer"]).most_common(1)[0][0] for row in splits.get("train", ()))
         frequent = [answer for answer, count in counts.items() if count >= _CANDIDATE_MIN_COUNT and answer.strip()]
         return sorted(frequent, key=lambda answer: (-counts[answer], answer)) or None

@@ -165,6 +165,15 @@ def test_one_answer_in_brackets_or_with_a_comma_stays_one(vqa, write_csv):
     assert [row["answer"] for row in train.annotation] == [["[sic]"], ["1,000"], ["a; b"]]
 
 
+def test_answers_and_weights_in_columns_stay_pairs(vqa, write_csv):
+    """Whoever gave no answer has a weight that belongs to nothing."""
+    row = {"image": "chelsea", "question": "What?", "a1": "cat", "a2": "", "a3": "pet", "w1": 0.5, "w2": 0.3, "w3": 0.2}
+    columns = {"answer": ["a1", "a2", "a3"], "weight": ["w1", "w2", "w3"]}
+    sample = build(vqa(write_csv("qa.csv", [row]), columns=columns))["train"][0]
+    assert sample["answers"] == ["cat", "pet"] and sample["weights"] == pytest.approx([0.5, 0.2])
+    assert "1 weights for 2 answers" in problems(vqa(write_csv("qa.csv", [{**row, "w3": ""}]), columns=columns))
+
+
 def test_weights_may_be_given(vqa, write_jsonl):
     rows = [{"image": "chelsea", "question": "What?", "answer": ["cat", "pet", "cat"], "weight": [0.5, 0.2, 0.1]}]
     sample = build(vqa(write_jsonl("qa.jsonl", rows)))["train"][0]
@@ -249,9 +258,9 @@ def test_what_is_no_answer_list(vqa, write_csv, tmp_path):
     (tmp_path / "answers.json").write_text('{"yes": 1}')
     for given, message in (
         ([True, False], "expected texts, got .True, False.; YAML wants yes, no and numbers in quotes"),
-        ([], "it is empty"),
-        ("gone.txt", "gone.txt is not readable"),
-        (str(tmp_path / "answers.json"), "to hold a list of texts"),
+        ([], "the list holds no answers"),
+        ("gone.txt", "no file .*gone.txt nor "),
+        (str(tmp_path / "answers.json"), "expected a list of strings"),
     ):
         with pytest.raises(BadDataError, match=f"answer_list: .*{message}"):
             build(vqa(path, answer_list=given))
@@ -320,6 +329,20 @@ def test_one_file_is_split_by_image(vqa, write_csv):
     assert any(images(seed, rows) != first for seed in range(2, 6))
 
 
+def test_rows_without_an_image_draw_no_lot(vqa, write_csv):
+    """Else a split of one image might get the one that is not there, and be empty."""
+    bad = [{**ROWS[0], "image": name, "question_id": f"bad {name}"} for name in ("gone", "")]
+    for seed in range(6):
+        section = vqa(write_csv("qa.csv", [*ROWS, *bad]), split={"val": 0.1, "seed": seed}, on_bad_sample="skip")
+        section.max_bad_share = 0.5
+        datasets = build(section)
+        clean = build(vqa(write_csv("qa.csv", ROWS), split={"val": 0.1, "seed": seed}))
+        for split in ("train", "val"):
+            assert [row["question_id"] for row in datasets[split].annotation] == [
+                row["question_id"] for row in clean[split].annotation
+            ]
+
+
 def test_a_split_may_be_taken_from_train_beside_a_test_file(vqa, write_csv):
     path = write_csv("qa.csv", ROWS)
     datasets = build(vqa(path, test=path, split={"val": 0.01}))  # never less than one image
@@ -334,9 +357,10 @@ def test_which_splits_a_run_reads(vqa, write_csv):
     assert CustomVQABuilder.splits_read(split, {"val"}) == {"train", "val"}
     files = vqa(path, val=path, test=path)
     assert CustomVQABuilder.splits_given(files) == ["train", "val", "test"]
-    assert CustomVQABuilder.splits_read(files, {"val"}) == {"train", "val"}  # for the answers to rank
-    assert CustomVQABuilder.splits_read(vqa(path, val=path, answer_list=["a"]), {"val"}) == {"val"}
-    assert CustomVQABuilder.splits_read(vqa("gone.csv", val=path), {"val"}) == {"val"}
+    assert CustomVQABuilder.splits_read(files, {"val"}) == {"val"}
+    assert CustomVQABuilder.splits_read(files, {"val"}, ranks=True) == {"train", "val"}
+    assert CustomVQABuilder.splits_read(vqa(path, val=path, answer_list=["a"]), {"val"}, ranks=True) == {"val"}
+    assert CustomVQABuilder.splits_read(vqa("gone.csv", val=path), {"val"}, ranks=True) == {"val"}
     assert CustomCaptionBuilder.splits_read(files, {"val"}) == {"val"}
     assert CustomCaptionBuilder.splits_read(split, {"val"}) == {"train", "val"}
 

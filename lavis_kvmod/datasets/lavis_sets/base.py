@@ -30,7 +30,7 @@ class LavisFilesBuilder(AnnotationBuilder):
     optional_files: Sequence[int] = ()  # see `annotation_files`
 
     @classmethod
-    def splits_read(cls, section: DictConfig, used: Set[str]) -> Set[str]:
+    def splits_read(cls, section: DictConfig, used: Set[str], ranks: bool = False) -> Set[str]:
         """The splits whose files are needed for a run that uses ``used``."""
         return used
 

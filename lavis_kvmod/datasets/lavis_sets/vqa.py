@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from lavis_kvmod.datasets.annotated import Annotation
+from lavis_kvmod.datasets.answer_list import read_answer_list
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.builder import Splits
 from lavis_kvmod.datasets.lavis_sets.base import COCO_IMAGES, VG_IMAGES, LavisFilesBuilder, read_rows
 from lavis_kvmod.datasets.lavis_sets.files import annotation_files
-from lavis_kvmod.datasets.official import answer_text, answers_of, entries, read_answer_list, read_json
+from lavis_kvmod.datasets.official import answer_text, answers_of, entries, read_json
 from lavis_kvmod.datasets.vqa_benchmark import BenchmarkVQABuilder, BenchmarkVQAEvalData
 
 __all__ = ["AOKVQA", "COCOVQA", "GQA", "OKVQA", "VGVQA"]
@@ -65,7 +66,7 @@ class LavisVQABuilder(LavisFilesBuilder, BenchmarkVQABuilder):
         for split in splits:
             paths = [file.path for file in annotation_files(self.config) if file.split == split]
             if split != "train" and len(paths) > 1 and paths[1].is_file():
-                return read_answer_list(paths[1]) or None
+                return read_answer_list(str(paths[1]))
         return super().answer_list(splits)
 
 

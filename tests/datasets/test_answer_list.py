@@ -4,7 +4,7 @@ import logging
 import pytest
 
 from lavis_kvmod.config import ConfigurationError, load_config
-from lavis_kvmod.tasks.answer_list import read_answer_list
+from lavis_kvmod.datasets.answer_list import read_answer_list
 
 
 def test_json_and_text(tmp_path, caplog):
