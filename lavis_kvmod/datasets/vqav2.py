@@ -8,7 +8,7 @@ Other data sets in the same layout, such as the official OK-VQA and VizWiz files
 
 from collections import Counter
 from pathlib import Path
-from typing import List, Optional, Set
+from typing import Dict, List, Optional, Set
 
 from omegaconf import DictConfig
 
@@ -57,7 +57,7 @@ class OfficialVQABuilder(BenchmarkVQABuilder):
     def splits_given(cls, section: DictConfig) -> List[str]:
         """The splits a run may use."""
         trained_on = {"val"} if section.get("train_on") == "trainval" else set()
-        return [split for split in section.build_info.annotations if split not in trained_on]
+        return [split for split in _sections(section) if split not in trained_on]
 
     # ------------------------------------------------------------ from files to rows
 
@@ -71,9 +71,17 @@ class OfficialVQABuilder(BenchmarkVQABuilder):
         train_on = self.config.get("train_on", "train")
         if train_on not in TRAIN_ON:
             raise BadDataError(f"train_on: expected one of {', '.join(TRAIN_ON)}; got {train_on!r}")
-        sections = self.config.build_info.annotations
+        sections = _sections(self.config)
         if train_on == "trainval" and "train" in sections and "val" not in sections:
             raise BadDataError("train_on: trainval, but build_info.annotations has no val")
+        problems = [
+            f"{split}: build_info.annotations.{split}.images.pattern is not set; set it to the path of an image by its "
+            "id, such as val2014/COCO_val2014_{image_id:012d}.jpg"
+            for split, section in sections.items()
+            if not _pattern(section)
+        ]
+        if problems:
+            raise BadDataError(problems)
         files = {split: self.files(split, section) for split, section in sections.items()}
         paths_of([file for of_split in files.values() for file in of_split])  # tells all that are missing
         problems, splits = [], {}
@@ -96,11 +104,12 @@ class OfficialVQABuilder(BenchmarkVQABuilder):
         """
         roots = [stored(root) for root in strings(self.config.build_info.images.storage)]
         problems = []
-        for split, section in self.config.build_info.annotations.items():
-            below = section.images.pattern.rpartition("/")[0]
+        for split, section in _sections(self.config).items():
+            below = _pattern(section).rpartition("/")[0]
             if "{" not in below and not any((root / below).is_dir() for root in roots):
                 looked = " or ".join(str(root / below) for root in roots)
-                get = f"get {section.images.url}, unpack it there, or " if section.images.get("url") else ""
+                url = (section.get("images") or {}).get("url")
+                get = f"get {url}, unpack it there, or " if url else ""
                 problems.append(f"{split}: no folder {looked} (images); {get}set build_info.images.storage to yours")
         if problems:
             raise BadDataError(problems)
@@ -116,6 +125,17 @@ class OfficialVQABuilder(BenchmarkVQABuilder):
         counts = Counter(Counter(row["answer"]).most_common(1)[0][0] for row in splits.get("train", ()))
         frequent = [answer for answer, count in counts.items() if count >= _CANDIDATE_MIN_COUNT and answer.strip()]
         return sorted(frequent, key=lambda answer: (-counts[answer], answer)) or None
+
+
+def _sections(config: DictConfig) -> Dict[str, DictConfig]:
+    """What a data set's section says of each split; one that is null is not there."""
+    given = config.build_info.annotations
+    return {split: section for split, section in given.items() if section is not None}
+
+
+def _pattern(section: DictConfig) -> str:
+    """What a split's section says of its images' paths; '' for nothing."""
+    return (section.get("images") or {}).get("pattern") or ""
 
 
 class VQAv2Builder(OfficialVQABuilder):

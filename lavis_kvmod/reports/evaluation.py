@@ -16,6 +16,7 @@ from lavis_kvmod.tasks.evaluation import Evaluated, Row
 from lavis_kvmod.tasks.predictions import to_json
 
 METRICS_FILE, REPORT_FILE, PICTURES = "metrics.json", "report.md", "report"
+LEFT_OUT = "left_out"  # the key in a split's metrics that tells which are not there, and why
 PROVENANCE = "provenance"  # the key in metrics.json beside the splits
 
 _PACKAGES = ("salesforce-lavis", "torch", "transformers", "pycocoevalcap")
@@ -68,7 +69,8 @@ def _version(package: str) -> Optional[str]:
 
 def text_table(metrics: Mapping[str, Metrics]) -> str:
     """The metrics of all splits side by side, for a terminal."""
-    names = list(dict.fromkeys(name for of_split in metrics.values() for name in of_split))
+    names = dict.fromkeys(name for of_split in metrics.values() for name in of_split)
+    names.pop(LEFT_OUT, None)  # a sentence, which the log has
     cells = [["", *metrics], *([name, *(_figure(m.get(name, "")) for m in metrics.values())] for name in names)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(metrics) + 1)]
     return "\n".join(
@@ -119,7 +121,9 @@ def _page(report: Report, folder: Path) -> str:
             parts.append(f"{len(evaluated.rows)} predictions; scored: {metrics.get('scored', 'unknown')}.")
         if metrics.get("tokeniser") in _TOKENISERS:
             parts.append(_TOKENISERS[metrics["tokeniser"]])
-        figures = [[escape(name), escape(_figure(value))] for name, value in metrics.items()]
+        if LEFT_OUT in metrics:
+            parts.append(f"Left out: {escape(metrics[LEFT_OUT])}.")
+        figures = [[escape(name), escape(_figure(value))] for name, value in metrics.items() if name != LEFT_OUT]
         parts.append(table(["metric", "value"], figures, right=[1]))
         if evaluated is not None and evaluated.rows:
             parts += _examples(split, evaluated, folder)

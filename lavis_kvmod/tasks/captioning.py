@@ -115,18 +115,23 @@ class KVModCaptionTask(DatasetEvaluation, CaptionTask, BuildsDatasets):
             "agg_metrics": exact_match / 100 if agg_metrics is None else agg_metrics,
             "scored": len(firsts),
             "tokeniser": scores.tokeniser,
+            **({"left_out": _left_out(scores)} if scores.left_out else {}),
         }
 
     def _tell(self, scores: CaptionScores) -> None:
         """Say once a run what is left out and why."""
-        by_reason: Dict[str, List[str]] = {}
-        for name, reason in scores.left_out.items():
-            by_reason.setdefault(reason, []).append(name)
-        left_out = "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in by_reason.items())
-        for line in [*([f"left out {left_out}"] if left_out else []), *scores.notes]:
+        for line in [*([f"left out {_left_out(scores)}"] if scores.left_out else []), *scores.notes]:
             if line not in self._told:
                 logging.warning("caption metrics: %s", line)
                 self._told.add(line)
+
+
+def _left_out(scores: CaptionScores) -> str:
+    """The metrics that are not there, and why."""
+    by_reason: Dict[str, List[str]] = {}
+    for name, reason in scores.left_out.items():
+        by_reason.setdefault(reason, []).append(name)
+    return "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in by_reason.items())
 
 
 def _by_image(rows: List[Row], annotations: List[Row]) -> List[List[int]]:

@@ -219,6 +219,16 @@ def test_other_sets_in_the_layout_are_read_by_naming_their_files(root, benchmark
     assert "does not fit the images' pattern 'val2014/{name}.jpg'" in problems(wrong, splits=["val"])
 
 
+def test_a_split_of_ones_own_needs_a_pattern_and_one_may_be_null(root):
+    cfg = section(splits=["val"])
+    cfg.build_info.annotations.mine = {"questions": cfg.build_info.annotations.val.questions}
+    (problem,) = VQAv2Builder.config_problems(cfg)
+    assert problem.startswith("mine: build_info.annotations.mine.images.pattern is not set; ")
+    cfg.build_info.annotations.mine = None
+    assert VQAv2Builder.splits_given(cfg) == ["val"]
+    assert list(VQAv2Builder(cfg).build_datasets()) == ["val"]
+
+
 def test_paths_are_relative_to_where_one_stands_too(root, tmp_path):
     (root / "coco").rename(tmp_path / "coco")
     assert len(build(splits=["val"])["val"]) == 4

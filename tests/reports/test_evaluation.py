@@ -40,7 +40,7 @@ def report(tmp_path, **row):
 
 
 def test_table_has_a_column_for_each_split():
-    table = text_table({"val": {"CIDEr": 1.25, "scored": 3}, "test": {"CIDEr": 12.0, "tokeniser": "ptb"}})
+    table = text_table({"val": {"CIDEr": 1.25, "scored": 3}, "test": {"CIDEr": 12.0, "tokeniser": "ptb", "left_out": "SPICE: no"}})
     assert [line.split() for line in table.splitlines()] == [
         ["val", "test"],
         ["CIDEr", "1.2500", "12.00"],
@@ -89,10 +89,11 @@ def test_a_failure_leaves_the_old_page(tmp_path):
 
 def test_captions_say_how_they_were_split(tmp_path):
     base = report(tmp_path)
-    captions = base._replace(metrics={"val": {"CIDEr": 1.0, "tokeniser": "simple", "scored": 1}})
+    captions = base._replace(metrics={"val": {"CIDEr": 1.0, "tokeniser": "simple", "left_out": "SPICE: no java"}})
     write(captions, tmp_path / "run")
     page = (tmp_path / "run/report.md").read_text(encoding="utf-8")
     assert "simple tokeniser, since Java was not there" in page
+    assert "Left out: SPICE: no java." in page and "| left_out |" not in page
 
 
 def test_examples_of_streamed_data_are_those_whose_pictures_were_kept(tmp_path):

@@ -275,6 +275,7 @@ def test_what_is_left_out_is_said_once(captions, result_dir, caplog, monkeypatch
         metrics = evaluate(task, Saying(["a cat"] * 3), captions(), epoch=epoch)
     assert metrics["tokeniser"] == "simple" and set(metrics) & {"METEOR", "SPICE"} == set()
     assert caplog.text.count("left out METEOR and SPICE: there is no java on the PATH") == 1
+    assert metrics["left_out"] == "METEOR and SPICE: there is no java on the PATH"
     assert metrics["agg_metrics"] == metrics["exact_match"] / 100  # neither CIDEr nor Bleu was asked for
 
 

@@ -185,7 +185,9 @@ class _Spoken:
         answers = annotation.get("answer") or []
         spoken = [answer for answer in answers if answer.strip()]
         if len(spoken) < len(answers):
-            annotation = {**annotation, "answer": spoken, "weight": [1 / len(answers)] * len(spoken)}
+            weights = annotation.get("weight") or [1 / len(answers)] * len(answers)
+            weights = [weight for answer, weight in zip(answers, weights) if answer.strip()]
+            annotation = {**annotation, "answer": spoken, "weight": weights}
         return super()._texts(annotation)
 
 

@@ -343,3 +343,18 @@ def test_two_real_processes_share_the_data(indexed, tmp_path):
     arguments = [str(indexed), str(sum(SIZES))]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_annotators_without_an_answer_keep_the_weights_of_the_others(write_shard, picture, tmp_path):
+    """As in VQAv2: what is blank is not learnt, and the rest weighs what it weighed."""
+    rows = [
+        {"question": "a?", "answer": ["x", " ", "y", "y"]},
+        {"question": "b?", "answer": ["x", "", "y"], "weight": [0.5, 0.3, 0.2]},
+    ]
+    write_shard(tmp_path / "a.tar", [{"__key__": "k", "png": picture(0), "json": rows}])
+    write_indices([str(tmp_path / "a.tar")])
+    shards = find_shards([str(tmp_path / "a.tar")])
+    data = WdsVQAEvalData(BlipImageEvalProcessor(16), BlipQuestionProcessor(), shards)
+    (batch,) = data.make_loader(batch_size=2)
+    assert batch["answer"] == ["x", "y"] * 2 and batch["n_answers"].tolist() == [2, 2]
+    assert batch["weight"].tolist() == pytest.approx([0.25, 0.5, 0.5, 0.2])
