@@ -84,7 +84,8 @@ class WeightFile:
             if _reachable(url):
                 return None
             return f"{self.part}: {url} is not in the download cache and cannot be reached; {remedy}"
-        if self._names_repository() and not self.is_hf_folder:
+        of_blip2 = self.key.endswith(("pretrained", "finetuned", "checkpoint argument"))
+        if of_blip2 and self._names_repository() and not self.is_hf_folder:
             remedy += (
                 "; a Hugging Face repository is not downloaded for it, but the local folder of a BLIP-2's is taken"
             )

@@ -40,6 +40,7 @@ def test_a_repository_is_not_a_file():
     told = WeightFile("pretrained checkpoint", "Salesforce/blip2-opt-2.7b", "model.pretrained").problem()
     assert "set model.pretrained to a local file; a Hugging Face repository is not downloaded for it, but" in told
     assert "repository" not in WeightFile("checkpoint", "weights/blip2.pth", "model.pretrained").problem()
+    assert "repository" not in WeightFile("auxiliary encoder", "timm/resnet50", "model.aux_checkpoint").problem()
 
 
 def test_what_is_in_the_download_cache_needs_no_network(tmp_path, monkeypatch):
