@@ -60,6 +60,42 @@ def predictions(tmp_path, split):
     return json.loads(path.read_text())
 
 
+def test_karpathys_own_file_gives_the_splits_of_lavis_files(benchmarks, run_file):
+    """One file with all images, their splits and captions, in place of LAVIS's three."""
+    annotations = benchmarks / "coco/annotations"
+    images = []
+    for split, called in (("train", "restval"), ("val", "val"), ("test", "test")):
+        by_image = {}
+        for row in json.loads((annotations / f"coco_karpathy_{split}.json").read_text()):
+            captions = [row["caption"]] if split == "train" else row["caption"]
+            by_image.setdefault(row["image"], []).extend(captions)
+        for name, captions in by_image.items():
+            folder, _, file = name.rpartition("/")
+            sentences = [{"raw": text, "tokens": text.split()} for text in captions]
+            id_ = int(Path(file).stem.rpartition("_")[2])
+            images.append(
+                {"filepath": folder, "filename": file, "cocoid": id_, "sentences": sentences, "split": called}
+            )
+    images[0]["split"] = "train"
+    (annotations / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+    one_file = {
+        "build_info": {
+            "annotations": {s: {"storage": "coco/annotations/dataset_coco.json"} for s in ("train", "val", "test")}
+        }
+    }
+    built = []
+    for section in ({}, one_file):
+        path = run_file({"coco_caption": section}, "kvmod_captioning", valid_splits=["val"], test_splits=["test"])
+        built.append(builder_class("coco_caption")(load_config(path).datasets_cfg.coco_caption).build_datasets())
+    for split in ("train", "val", "test"):
+        rows = [[(a["image"], a["image_id"], a["caption"]) for a in sets[split].annotation] for sets in built]
+        assert sorted(rows[0]) == sorted(rows[1]) and rows[0]
+    images[1].pop("cocoid")
+    (annotations / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    with pytest.raises(ConfigurationError, match="dataset_coco.json: entry 1 of 'images' has no cocoid"):
+        load_config(path)
+
+
 @pytest.mark.parametrize(
     "name, section, train_on, test_on",
     [

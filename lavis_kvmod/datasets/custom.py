@@ -200,7 +200,9 @@ class CustomVQABuilder(_CustomBuilder, VQABuilder):
     def splits_read(cls, section: DictConfig, used: Set[str], ranks: bool = False) -> Set[str]:
         """Also train, where it is there and its answers are the candidates for ranking."""
         train = _files_by_split(section).get("train")
-        wanted = ranks and section.get("answer_list") is None and train and all(stored(name).is_file() for name in train)
+        wanted = (
+            ranks and section.get("answer_list") is None and train and all(stored(name).is_file() for name in train)
+        )
         return super().splits_read(section, used, ranks) | ({"train"} if wanted else set())
 
     def _texts(self, cells: Dict[str, List[Any]], separator: Optional[str]) -> Annotation:

@@ -4,8 +4,8 @@ from typing import List
 
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_kvmod.models.blip2_opt_kvmod import INFERENCE_METHODS
 from lavis_kvmod.datasets.answer_list import answer_list_problem
+from lavis_kvmod.models.blip2_opt_kvmod import INFERENCE_METHODS
 from lavis_kvmod.tasks.caption_metrics import METRICS
 
 VQA, CAPTIONING = "kvmod_vqa", "kvmod_captioning"

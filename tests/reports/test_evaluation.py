@@ -40,7 +40,9 @@ def report(tmp_path, **row):
 
 
 def test_table_has_a_column_for_each_split():
-    table = text_table({"val": {"CIDEr": 1.25, "scored": 3}, "test": {"CIDEr": 12.0, "tokeniser": "ptb", "left_out": "SPICE: no"}})
+    table = text_table(
+        {"val": {"CIDEr": 1.25, "scored": 3}, "test": {"CIDEr": 12.0, "tokeniser": "ptb", "left_out": "SPICE: no"}}
+    )
     assert [line.split() for line in table.splitlines()] == [
         ["val", "test"],
         ["CIDEr", "1.2500", "12.00"],

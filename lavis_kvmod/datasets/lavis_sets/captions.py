@@ -16,20 +16,48 @@ __all__ = ["COCOCaption", "NoCaps", "VGCaption"]
 _COCO_NAME = re.compile(r"COCO_[a-z]+\d+_(\d+)$")
 
 
+# LAVIS's names of Karpathy's splits; those of "restval" are trained on, too.
+_KARPATHY = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
+
+
 class COCOCaption(LavisFilesBuilder, CaptionBuilder):
-    """``coco_caption``, in the Karpathy split."""
+    """``coco_caption``, in the Karpathy split: LAVIS's files, a split each, or ``dataset_coco.json``, which has all."""
 
     images_from = COCO_IMAGES
 
     def read(self, split: str, paths: List[Path]) -> List[Annotation]:
         """Rows with their captions as a list, and COCO's image id."""
-        return [_captioned(row) for path in paths for row in read_rows(path)]
+        rows = []
+        for path in paths:
+            whole = isinstance(read_json(path), dict)
+            rows += _karpathy_images(path, split) if whole else [_captioned(row) for row in read_rows(path)]
+        return rows
 
 
 class VGCaption(COCOCaption):
     """``vg_caption``, for training beside another set."""
 
     images_from = VG_IMAGES
+
+
+def _karpathy_images(path: Path, split: str) -> List[Annotation]:
+    """A split's images in Karpathy's own file (A. Karpathy, L. Fei-Fei, arXiv 1412.2306)."""
+    needed = ("filepath", "filename", "cocoid", "sentences", "split")
+    rows = []
+    for number, entry in enumerate(entries(path, "images")):
+        missing = [name for name in needed if name not in entry]
+        if missing:
+            raise BadDataError(f"{path}: entry {number} of 'images' has no {', '.join(missing)}")
+        if entry["split"] in _KARPATHY[split]:
+            rows.append(
+                {
+                    "image": f"{entry['filepath']}/{entry['filename']}",
+                    "image_id": entry["cocoid"],
+                    "caption": [sentence["raw"] for sentence in entry["sentences"]],
+                    "source": f"{path.name}, image {entry['cocoid']}",
+                }
+            )
+    return rows
 
 
 def _captioned(row: Annotation) -> Annotation:
