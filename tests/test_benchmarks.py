@@ -327,6 +327,7 @@ def test_missing_images_say_where_they_were_looked_for_and_how_to_get_them(run_f
     with pytest.raises(ConfigurationError) as caught:
         load_config(run_file({"gqa": BALANCED}), ["env.cache_root=empty"])
     text = "\n".join(caught.value.problems)
-    assert f"no folder {tmp_path}/empty/gqa/images" in text
+    assert f"no folder {tmp_path}/gqa/images nor {tmp_path}/empty/gqa/images (images); get http" in text
+    assert f"no file {tmp_path}/gqa/annotations/" in text and f" nor {tmp_path}/empty/gqa/annotations/" in text
     assert "downloads.cs.stanford.edu/nlp/data/gqa/images.zip" in text
     assert "build_info.images.storage" in text

@@ -1,6 +1,7 @@
 """What a run file says about its data, checked before anything heavy is loaded: which splits it uses, and whether their
 files are there."""
 
+from pathlib import Path
 from typing import Callable, List, Optional
 
 from lavis.common.registry import registry
@@ -78,6 +79,10 @@ def _splits_given(name: str, section: DictConfig, cfg) -> Optional[List[str]]:
     return None
 
 
+def _lavis_places(storage: str) -> List[Path]:
+    return [Path(get_cache_path(storage))]
+
+
 def data_problems(cfg) -> List[str]:
     """Images and annotations that a run's builders would look for and not find, or could not use."""
     get = builder_getter(cfg.run_cfg)
@@ -87,9 +92,9 @@ def data_problems(cfg) -> List[str]:
         if hasattr(builder, "config_problems"):  # ours look into their files
             found = builder.config_problems(section)
         elif section.get("build_info"):
-            files = annotation_files(section, locate=get_cache_path)
+            files = annotation_files(section, places=_lavis_places)
             found = [problem for file in files for problem in [file.problem()] if problem]
-            found += image_folder_problems(section, locate=get_cache_path)
+            found += image_folder_problems(section, places=_lavis_places)
         else:
             found = []
         problems += [f"datasets.{name}: {problem}" for problem in found]

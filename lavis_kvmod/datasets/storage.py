@@ -1,12 +1,12 @@
 """Where the files that a ``build_info`` names are."""
 
 from pathlib import Path
-from typing import Any, List
+from typing import Any, List, Sequence
 
 from lavis.common.utils import get_cache_path
 from omegaconf import OmegaConf
 
-__all__ = ["looked_for", "places", "stored", "strings"]
+__all__ = ["first_existing", "looked_for", "places", "stored", "strings"]
 
 
 def places(storage: str) -> List[Path]:
@@ -17,8 +17,12 @@ def places(storage: str) -> List[Path]:
 
 def stored(storage: str) -> Path:
     """The first of a ``storage`` value's `places` where there is something, else the last."""
-    *earlier, last = places(storage)
-    return next((place for place in earlier if place.exists()), last)
+    return first_existing(places(storage))
+
+
+def first_existing(candidates: Sequence[Path]) -> Path:
+    """The first path where there is something, else the last."""
+    return next((place for place in candidates if place.exists()), candidates[-1])
 
 
 def looked_for(storage: str) -> str:

@@ -4,19 +4,19 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, List, Optional, Sequence, Union
+from typing import Callable, List, Optional, Sequence
 
 from omegaconf import DictConfig
 from torch.hub import download_url_to_file
 
 from lavis_kvmod.checkpoints import whole_or_nothing
 from lavis_kvmod.datasets.bad_samples import BadDataError
-from lavis_kvmod.datasets.storage import stored, strings
+from lavis_kvmod.datasets.storage import first_existing, places, strings
 from lavis_kvmod.weights import WeightFile
 
 __all__ = ["AnnotationFile", "annotation_files", "image_folder_problems"]
 
-Locate = Callable[[str], Union[str, Path]]
+Places = Callable[[str], Sequence[Path]]  # see `lavis_kvmod.datasets.storage.places`
 
 _MOVE = "set LAVIS_CACHE_ROOT, or env.cache_root in the run file, to a folder of yours"
 
@@ -27,15 +27,20 @@ class AnnotationFile:
 
     Attributes:
         split: what needs it.
-        path: where it belongs.
+        places: where it is looked for.
         url: where it comes from: a URL, or the path of a copy; None if it has to be there.
         optional: whether one can do without.
     """
 
     split: str
-    path: Path
+    places: Sequence[Path]
     url: Optional[str] = None
     optional: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The first of its places where there is something, else the last, where it belongs."""
+        return first_existing(self.places)
 
     @property
     def is_here(self) -> bool:
@@ -51,7 +56,7 @@ class AnnotationFile:
             source = (
                 f", and {self.url} cannot be had; get it elsewhere and put it there," if self.url else "; put it there,"
             )
-            return f"{self.split}: no file {self.path}{source} or set {key} to yours"
+            return f"{self.split}: no file {' nor '.join(map(str, self.places))}{source} or set {key} to yours"
         folder = next(folder for folder in self.path.parents if folder.exists())
         if not os.access(folder, os.W_OK):
             return f"{self.split}: {self.url} would be put at {self.path}, but {folder} cannot be written to; {_MOVE}"
@@ -79,14 +84,14 @@ class AnnotationFile:
 
 
 def annotation_files(
-    section: DictConfig, optional: Sequence[int] = (), locate: Locate = stored
+    section: DictConfig, optional: Sequence[int] = (), places: Places = places
 ) -> List[AnnotationFile]:
     """All files under ``build_info.annotations``, split by split, in their order.
 
     Args:
         section: a data set's section.
         optional: positions, among an evaluated split's files, of those that one can do without.
-        locate: from a ``storage`` value to its path; LAVIS's own builders have ``get_cache_path``.
+        places: where a ``storage`` value is looked for; LAVIS's own builders know one place.
     """
     files = []
     for split, info in (section.build_info.get("annotations") or {}).items():
@@ -95,19 +100,19 @@ def annotation_files(
         storages, urls = strings(info.get("storage")), strings(info.get("url"))
         for i, storage in enumerate(storages):
             url = urls[i] if i < len(urls) else None
-            files.append(AnnotationFile(split, Path(locate(storage)), url, split != "train" and i in optional))
+            files.append(AnnotationFile(split, places(storage), url, split != "train" and i in optional))
     return files
 
 
-def image_folder_problems(section: DictConfig, images_from: str = "", locate: Locate = stored) -> List[str]:
+def image_folder_problems(section: DictConfig, images_from: str = "", places: Places = places) -> List[str]:
     """The folders of images (or videos) that are not there.
 
     Args:
         images_from: how to get them.
-        locate: as above.
+        places: as above.
     """
     key = f"build_info.{section.data_type}.storage"
     roots = strings((section.build_info.get(section.data_type) or {}).get("storage"))
-    missing = [locate(root) for root in roots if not Path(locate(root)).exists()]
+    missing = [" nor ".join(map(str, places(root))) for root in roots if not any(p.exists() for p in places(root))]
     how = f"{images_from}, or " if images_from else ""
     return [f"no folder {path} ({section.data_type}); {how}set {key} to yours" for path in missing]
