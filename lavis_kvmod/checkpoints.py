@@ -129,7 +129,7 @@ def read_weights(path: PathLike) -> StateDict:
 
     if Path(path).is_dir():
         return folders.read_weights(Path(path))
-    state = model_tensors(read(path, mmap=True), path)  # whoever loads it copies: not two copies at once
+    state = model_tensors(read(path), path)
     if names.are_hf(state):
         lazy = names.to_lavis({name: LazyTensor.of(tensor) for name, tensor in state.items()}, path)
         state = {name: tensor.read() for name, tensor in lazy.items()}
