@@ -97,7 +97,7 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
         self.output_dir = self.folder.path
         self.job_id = self.output_dir.name
         self.result_dir = self.output_dir / "result"
-        self.result_dir.mkdir(parents=True, exist_ok=True)
+        on_main(lambda: self.result_dir.mkdir(parents=True, exist_ok=True))  # LAVIS's tasks write here from all ranks
         set_registry_path("output_dir", self.output_dir)
         set_registry_path("result_dir", self.result_dir)
 

@@ -270,3 +270,55 @@ sys.exit(lavis.train.main(["--cfg-path", {path!r}]))
     (entry,) = (part for part in report.split("  time ")[1:] if "rank      : 1 " in part)
     assert named in entry and told in output, output
     assert checkpoints.read(runs()[0] / LAST)["state"]["batch"] == 2
+
+
+WATCHED = """
+import os, sys
+rank, notes = os.environ["RANK"], os.open({notes!r} + os.environ["RANK"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+CHANGES = {{"os.mkdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "os.remove": 1, "os.rmdir": 1}}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+def watch(event, args):
+    if event == "open":
+        paths = args[:1] if args[2] & WRITING else ()
+    else:
+        paths = args[: CHANGES.get(event, 0)]
+    for path in paths:
+        if isinstance(path, (str, bytes, os.PathLike)):
+            os.write(notes, (os.path.abspath(os.fsdecode(path)) + "\\n").encode())
+sys.addaudithook(watch)
+import lavis.train, lavis.evaluate
+sys.exit(lavis.{command}.main(["--cfg-path", {path!r}, "--options", *{options!r}]))
+"""
+LAVISS_TASK = [
+    "run.task=vqa",
+    "run.inference_method=generate",
+    "run.valid_splits=[]",
+]  # its metric wants official files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "options", "of_rank_1"),
+    [
+        ("train", [], []),
+        ("evaluate", [], []),
+        ("train", LAVISS_TASK, ["result/test_vqa_result_rank1.json"]),  # LAVIS's way to gather answers
+    ],
+)
+def test_only_the_first_rank_writes(write_run, tmp_path, runs, command, options, of_rank_1):
+    """Every file or folder that either rank opens to write, makes, renames or removes, as Python tells (an audit hook);
+    a run with checkpoints within the epoch, validation and test, that then goes on."""
+    path = write_run(save_every_n_iters=1, test_splits=["test"], resume_ckpt_path="auto", tensorboard="auto")
+    for number, epochs in enumerate([1, 2] if command == "train" else [1]):
+        notes = str(tmp_path / f"notes-{number}-")
+        arguments = [*options, f"run.max_epoch={epochs}"]
+        code, output, _ = torchrun(WATCHED.format(notes=notes, command=command, path=path, options=arguments), tmp_path)
+        assert code == 0, output
+        (folder,) = runs()
+        first, second = (
+            {line for line in open(f"{notes}{rank}").read().splitlines() if line.startswith(str(tmp_path / "output"))}
+            for rank in range(2)
+        )
+        assert second == {str(folder / name) for name in of_rank_1}
+        wrote = "metrics.json" if command == "evaluate" else LAST
+        assert any(wrote in name for name in first) and any("result/" in name for name in first), first
