@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from lavis_kvmod import checkpoints
 from lavis_kvmod.distributed import init_distributed
+from lavis_kvmod.evaluate import evaluate
 from lavis_kvmod.launch import build_runner, load_config
 from lavis_kvmod.sharding import is_sharded
 from lavis_kvmod.train import main, train
@@ -200,6 +201,37 @@ def test_a_sharded_language_model_trains_as_a_whole_one(steady_run, in_process, 
     ddp, fsdp = (weights(runs(name)[0]) for name in ("ddp", "fsdp"))
     assert ddp.keys() == fsdp.keys() and largest_difference(ddp, fsdp) <= 1e-6
     assert in_process(steady(path, f"run.resume_ckpt_path={runs('fsdp')[0] / LAST}", "run.max_epoch=6"), "on")[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_evaluation_counts_every_sample_once(write_run, in_process, tmp_path, world_size):
+    """Data sets smaller than the number of ranks, as large, and with every remainder; the metrics are one process's."""
+    path = write_run(batch_size_eval=2)
+    sizes = (1, 2, 3, 4, 5, 7)
+    given = json.loads((tmp_path / "data" / "train.json").read_text())
+    for size in sizes:
+        (tmp_path / "data" / f"{size}.json").write_text(json.dumps(given[:size]))
+
+    def evaluate_all():
+        for size in sizes:
+            files = f"[{tmp_path / 'data' / f'{size}.json'},{tmp_path / 'data' / 'answers.json'}]"
+            build_info = "datasets.coco_vqa.build_info.annotations.val"
+            evaluate(path, [f"{build_info}.storage={files}", f"{build_info}.url={files}", f"run.output_dir=of-{size}"])
+
+    def found(folder, size):
+        (run,) = (tmp_path / folder / f"of-{size}").iterdir()
+        rows = json.loads((run / "result" / "val_epochbest.json").read_text())
+        return rows, json.loads((run / "metrics.json").read_text())["val"]
+
+    assert in_process(evaluate_all, "one")[0] == 0
+    codes, output = ranks(in_process, evaluate_all, "several", world_size)
+    assert codes == [0] * world_size, output
+    for size in sizes:
+        (alone, metrics), (rows, together) = found("one", size), found("several", size)
+        assert [row["question_id"] for row in rows] == list(range(size)) and together["scored"] == size
+        assert [row["answer"] for row in rows] == [row["answer"] for row in alone]
+        assert together == pytest.approx(metrics, abs=1e-4)
 
 
 @pytest.mark.slow
