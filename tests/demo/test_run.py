@@ -84,3 +84,25 @@ def test_captions(tmp_path):
     tests = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines() if "test_" in line[:8]]
     assert tests[-1]["test_exact_match"] >= 85
     assert checkpoints.read(folder / "checkpoint_best.pth")["epoch"] >= 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_processes_train_it(tmp_path):
+    """As docs/training.md says, but one epoch; each answer of each split counts once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "lavis.train"]
+    command += ["--cfg-path", "projects/kvmod/demo_vqa.yaml", "--options", "run.max_epoch=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (tmp_path / "output" / "demo_vqa").iterdir()
+    saved = [checkpoints.read(folder / f"checkpoint_{name}.pth") for name in ("best", "last")]
+    assert [(of["epoch"], len(of["rng"])) for of in saved] == [(0, 2), (0, 2)]
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines() if line.startswith('{"')]
+    facts = {name: value for line in lines for name, value in line.items()}
+    assert facts["train_epoch"] == 0
+    for split, name in (("val", "val_epoch0"), ("test", "test_epochbest")):
+        expected = sorted(f"{scan.index:04}-{kind}" for scan in digits.load_scans(split) for kind in digits.QUESTIONS)
+        rows = json.loads((folder / "result" / f"{name}.json").read_text())
+        assert sorted(row["question_id"] for row in rows) == expected
+        assert facts[f"{split}_scored"] == len(expected)
+        assert facts[f"{split}_overall"] == pytest.approx(100 * np.mean([row["accuracy"] for row in rows]), abs=0.01)
