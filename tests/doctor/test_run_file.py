@@ -135,3 +135,8 @@ def test_the_published_model_on_a_24_gib_gpu(monkeypatch):
     assert "model.opt_grad_checkpoint=true (" in training.step
     assert "run.batch_size_train=32 run.accum_grad_iters=" in training.step
     assert evaluation.step == "run.batch_size_eval=32"
+
+
+def test_the_doctor_is_no_torchrun():
+    found = run_file_findings("projects/kvmod/demo_vqa.yaml", ["run.fsdp=true"], Machine(memory_total=64 * GIB))
+    assert not [finding.text for finding in found if finding.mark not in (OK, NOTE)]
