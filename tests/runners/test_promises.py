@@ -136,6 +136,13 @@ def test_patience_ends_a_run_that_no_longer_gets_better(write_run, runs, monkeyp
     assert checkpoints.read(runs()[0] / LAST)["epoch"] == 3
 
 
+def test_patience_ends_a_run_that_never_had_a_metric(write_run, runs, monkeypatch, capsys):
+    monkeypatch.setattr(KVModVQATask, "after_evaluation", lambda self, **kw: {"agg_metrics": float("nan")})
+    train(write_run(max_epoch=5, patience=2))
+    assert checkpoints.read(runs()[0] / LAST)["epoch"] == 1
+    assert "stopping early: 2 validations without a metric that is a finite number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_metric_that_is_not_finite_is_never_the_best(write_run, runs, monkeypatch, caplog, value):
     values = iter([value, 1.0])
