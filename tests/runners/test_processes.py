@@ -184,22 +184,38 @@ def test_killed_and_resumed_on_two_processes(write_run, in_process, runs, killed
 
 
 @pytest.mark.slow
-def test_a_sharded_language_model_trains_as_a_whole_one(steady_run, in_process, runs):
-    """`run.fsdp` on gloo: as DDP does, and its checkpoint is the same kind of file."""
-    path = steady_run(max_epoch=5)
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_a_sharded_language_model_trains_as_a_whole_one(steady_run, in_process, runs, tmp_path, grad_checkpoint):
+    """`run.fsdp` on gloo: as DDP does, its checkpoint is the same kind of file, and it answers the same. Of three
+    questions one rank has two, the other one."""
+    path = steady_run(max_epoch=5, batch_size_eval=1, valid_splits=["val"], test_splits=["test"])
+    evaluated = tmp_path / "data" / "val.json"
+    evaluated.write_text(json.dumps(json.loads(evaluated.read_text())[:3]))
+    checkpointing = f"model.opt_grad_checkpoint={grad_checkpoint}"
 
     def sharded():
-        runner = build_runner(load_config(path, ["run.valid_splits=[val]", "run.fsdp=true"]))
+        runner = build_runner(load_config(path, [checkpointing, "run.fsdp=true"]))
         opt = runner.model.module.opt_model
         weight = opt.model.decoder.layers[0].fc1.weight
         assert is_sharded(opt) and weight.to_local().numel() == weight.numel() // 2
         runner.train()
 
-    for name, function in (("ddp", steady(path, "run.valid_splits=[val]")), ("fsdp", sharded)):
+    for name, function in (("ddp", steady(path, checkpointing)), ("fsdp", sharded)):
         codes, output = ranks(in_process, function, name)
         assert codes == [0, 0], output
     ddp, fsdp = (weights(runs(name)[0]) for name in ("ddp", "fsdp"))
     assert ddp.keys() == fsdp.keys() and largest_difference(ddp, fsdp) <= 1e-6
+    for name in ("val_epoch0", "val_epoch4", "test_epochbest"):
+        whole, rows = (json.loads((runs(of)[0] / "result" / f"{name}.json").read_text()) for of in ("ddp", "fsdp"))
+        assert [row["question_id"] for row in rows] == [13, 14, 15] and all(row["answer"] for row in rows)
+        assert [row["answer"] for row in rows] == [row["answer"] for row in whole]
+    metrics = [
+        [line for line in (runs(of)[0] / "log.txt").read_text().splitlines() if line.startswith(('{"val_', '{"test_'))]
+        for of in ("ddp", "fsdp")
+    ]
+    assert len(metrics[0]) == 6
+    for whole, sharded_ones in zip(*metrics):
+        assert json.loads(sharded_ones) == pytest.approx(json.loads(whole), abs=1e-4)
     assert in_process(steady(path, f"run.resume_ckpt_path={runs('fsdp')[0] / LAST}", "run.max_epoch=6"), "on")[0] == 0
 
 
@@ -243,16 +259,19 @@ def test_another_number_of_processes_goes_on_in_the_epoch(write_run, in_process,
 
 
 @pytest.mark.slow
-def test_sigterm_on_one_rank_saves_on_all(write_run, in_process, runs, killed_before_step):
-    path = write_run(valid_splits=[], max_epoch=1)
+@pytest.mark.parametrize(("step", "splits", "epoch", "batch"), [(1, [], 0, 3), (3, [], 1, 0), (3, ["val"], 0, 4)])
+def test_sigterm_on_one_rank_saves_on_all(write_run, in_process, runs, killed_before_step, step, splits, epoch, batch):
+    """All agree with the next step's exchange, or at the end of the epoch."""
+    path = write_run(valid_splits=splits)
 
     def one_is_told():
         signum = signal.SIGTERM if os.environ["RANK"] == "1" else signal.SIGCONT
-        killed_before_step(path, 1, signum=signum)()
+        killed_before_step(path, step, signum=signum)()
 
     codes, output = ranks(in_process, one_is_told, "told")
     assert codes == [143, 143], output
-    assert checkpoints.read(runs("told")[0] / LAST)["state"]["batch"] == 3  # all agree with the next step's exchange
+    state = checkpoints.read(runs("told")[0] / LAST)["state"]
+    assert (state["epoch"], state["batch"]) == (epoch, batch)
 
 
 def torchrun(code, folder, *, timeout=240):
