@@ -77,6 +77,21 @@ def test_colour_comes_through_the_prefix_alone(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_the_lines_printed_at_its_end_load_what_was_trained(tmp_path):
+    command = [sys.executable, "-m", "lavis_kvmod", "demo", "--output-dir", "it's here", "--options"]
+    command += ["run.max_epoch=1", "run.valid_splits=[]"]
+    done = subprocess.run(command, cwd=tmp_path, check=True, timeout=800, stdout=subprocess.PIPE, text=True)
+    lines = done.stdout[done.stdout.index("from lavis.models import") :]
+    loaded = {}
+    exec(lines, loaded)
+    (best,) = (tmp_path / "it's here").glob("with_prefix/*/checkpoint_best.pth")
+    saved, state = checkpoints.read(best)["model"], loaded["model"].state_dict()
+    assert not loaded["model"].training and len(saved) > 50
+    assert all(np.array_equal(state[name], value) for name, value in saved.items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_captions(tmp_path):
     command = [sys.executable, "-m", "lavis.train", "--cfg-path", "projects/kvmod/demo_caption.yaml"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=850)
