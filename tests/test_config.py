@@ -54,6 +54,15 @@ def test_a_data_set_of_another_kind_than_the_task_learns():
     load_config(DEMO, ["run.task=kvmod_captioning"], data_only=True)  # to be packed, data need no task
 
 
+def test_sharding_wants_torchrun(monkeypatch):
+    told = problems(["run.fsdp=true", "run.max_grad_norm=0"])
+    assert "run.fsdp: needs several processes; start the run with torchrun --nproc_per_node=N" in told
+    assert len(told) == 2
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    load_config(DEMO, ["run.fsdp=true"])
+
+
 def test_a_section_that_nobody_reads():
     (told,) = problems(["vis_processor.train.name=blip_image_eval"])
     assert told == "vis_processor: not a section that LAVIS reads; those are model, datasets, run, env, preprocess"

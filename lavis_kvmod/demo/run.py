@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lavis_kvmod.demo import digits, parts
 from lavis_kvmod.launch import build_runner, load_config, set_up_logging
 from lavis_kvmod.progress import resident_peak_gib
+from lavis_kvmod.runners.run_folder import BEST
 
 RUN_FILE = "projects/kvmod/demo_vqa.yaml"
 KINDS = (*digits.QUESTIONS, "overall")
@@ -45,6 +46,7 @@ def main(args: argparse.Namespace) -> int:
 
     summary: Dict[str, Any] = {}
     predictions: Dict[str, List[Dict[str, Any]]] = {}
+    folders: Dict[str, Path] = {}
     for name, modulated in (("with_prefix", True), ("without_prefix", False)):
         logging.info("===== %s =====", name.replace("_", " "))
         start = time.monotonic()
@@ -52,6 +54,7 @@ def main(args: argparse.Namespace) -> int:
         runner = build_runner(load_config(RUN_FILE, [*options, *args.options]))
         metrics = runner.train()["test"]
         seconds[name] = time.monotonic() - start
+        folders[name] = runner.output_dir
         summary[name] = {kind: round(metrics[_metric(kind)] / 100, 4) for kind in KINDS}
         predictions[name] = json.loads((runner.result_dir / "test_epochbest.json").read_text(encoding="utf-8"))
 
@@ -66,7 +69,16 @@ def main(args: argparse.Namespace) -> int:
     print("\nSome answers, with the prefix\n")
     print(answer_lines(predictions["with_prefix"], scans=3))
     print(f"\nPicture: {sheet}\nNumbers: {output / 'summary.json'}")
+    print(f"\nThe model, in Python:\n\n{loading_lines(folders['with_prefix'] / BEST)}")
     return 0
+
+
+def loading_lines(checkpoint: Path) -> str:
+    """Python that loads the demo's model with the weights of a run."""
+    return (
+        "from lavis.models import load_model\n"
+        f'model = load_model("blip2_opt_kvmod", "demo", is_eval=True, checkpoint={str(checkpoint)!r})'
+    )
 
 
 def _metric(kind: str) -> str:

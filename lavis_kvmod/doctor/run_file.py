@@ -46,7 +46,7 @@ def run_file_findings(cfg_path: str, options: Sequence[str], machine: Machine) -
     """All that is to be said of a run file on this machine."""
     with _warnings_logged() as warned:
         try:
-            cfg = load_config(cfg_path, options)
+            cfg = load_config(cfg_path, options, starts=False)
             problems: List[str] = []
         except FileNotFoundError as error:
             return [Finding(MISSING, str(error))]

@@ -9,7 +9,7 @@ from lavis.common.dist_utils import is_main_process
 from lavis.datasets.data_utils import prepare_sample
 
 from lavis_kvmod.datasets.bad_samples import BadSampleCounter
-from lavis_kvmod.distributed import barrier, gather
+from lavis_kvmod.distributed import gather
 from lavis_kvmod.progress import Progress
 from lavis_kvmod.runners.loaders import PADDING
 from lavis_kvmod.runners.pace import Pace
@@ -133,8 +133,17 @@ class TrainsEpochs:
         if stop or (every is not None and done // every > before // every):
             self._save_checkpoint(epoch)
         if stop:
-            barrier()
-            raise Stopped(next(signum for signum in gather([self.signals.received]) if signum is not None))
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """After a checkpoint; all ranks call it, and stop together.
+
+        Raises:
+            Stopped: if one of them was asked to.
+        """
+        asked = [signum for signum in gather([self.signals.received]) if signum is not None]
+        if asked:
+            raise Stopped(asked[0])
 
     def _epoch_facts(self, epoch: int, samples: Optional[Dict[str, Any]]) -> Dict[str, Any]:
         state = self.state

@@ -136,6 +136,7 @@ def find_position(state: RunState, before: Optional[Mapping[str, Any]], now: Map
     state.batch = batch - batch % now["accum_grad_iters"]
     again = seen - state.batch * now["global_batch"]
     if again:
+        state.samples = max(0, state.samples - again)
         logging.warning("%d samples of epoch %d will be seen twice: steps are other than before", again, state.epoch)
 
 

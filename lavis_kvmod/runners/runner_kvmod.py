@@ -21,7 +21,7 @@ from lavis.runners.runner_base import RunnerBase
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_kvmod.checkpoints import CheckpointError
-from lavis_kvmod.distributed import barrier, from_main, get_rank, get_world_size, on_main
+from lavis_kvmod.distributed import from_main, get_rank, get_world_size, on_main
 from lavis_kvmod.models.parts import parts_table
 from lavis_kvmod.plugin import set_registry_path
 from lavis_kvmod.precision import amp_dtype, needs_grad_scaler
@@ -97,7 +97,7 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
         self.output_dir = self.folder.path
         self.job_id = self.output_dir.name
         self.result_dir = self.output_dir / "result"
-        self.result_dir.mkdir(parents=True, exist_ok=True)
+        on_main(lambda: self.result_dir.mkdir(parents=True, exist_ok=True))  # LAVIS's tasks write here from all ranks
         set_registry_path("output_dir", self.output_dir)
         set_registry_path("result_dir", self.result_dir)
 
@@ -289,6 +289,7 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
             state.trained = True
             if self.valid_splits:  # an evaluation may take long, or fail
                 self._save_checkpoint(epoch)
+                self._stop_if_asked()
         with self.signals.nothing_to_save() if self.valid_splits else contextlib.nullcontext():
             is_best = self.validate(epoch)
         state.start_epoch(epoch + 1)
@@ -296,14 +297,16 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
         if is_best:
             self._save_checkpoint(epoch, is_best=True)
         self._save_checkpoint(epoch, in_place=bool(self.valid_splits))
-        barrier()  # no rank may look for a file that rank 0 is still writing
+        self._stop_if_asked()
 
     def _out_of_patience(self) -> bool:
         patience = self._run_key("patience", None)
         waited = self.state.validations_since_best
         if patience is None or waited < patience:
             return False
-        logging.info("stopping early: %d validations without a better one than epoch %s", waited, self.state.best_epoch)
+        best = self.state.best_epoch
+        than = "a metric that is a finite number" if best is None else f"a better one than epoch {best}"
+        logging.info("stopping early: %d validations without %s", waited, than)
         return True
 
     def validate(self, epoch: int) -> bool:

@@ -77,6 +77,21 @@ def test_colour_comes_through_the_prefix_alone(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_the_lines_printed_at_its_end_load_what_was_trained(tmp_path):
+    command = [sys.executable, "-m", "lavis_kvmod", "demo", "--output-dir", "it's here", "--options"]
+    command += ["run.max_epoch=1", "run.valid_splits=[]"]
+    done = subprocess.run(command, cwd=tmp_path, check=True, timeout=800, stdout=subprocess.PIPE, text=True)
+    lines = done.stdout[done.stdout.index("from lavis.models import") :]
+    loaded = {}
+    exec(lines, loaded)
+    (best,) = (tmp_path / "it's here").glob("with_prefix/*/checkpoint_best.pth")
+    saved, state = checkpoints.read(best)["model"], loaded["model"].state_dict()
+    assert not loaded["model"].training and len(saved) > 50
+    assert all(np.array_equal(state[name], value) for name, value in saved.items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_captions(tmp_path):
     command = [sys.executable, "-m", "lavis.train", "--cfg-path", "projects/kvmod/demo_caption.yaml"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=850)
@@ -84,3 +99,25 @@ def test_captions(tmp_path):
     tests = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines() if "test_" in line[:8]]
     assert tests[-1]["test_exact_match"] >= 85
     assert checkpoints.read(folder / "checkpoint_best.pth")["epoch"] >= 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_processes_train_it(tmp_path):
+    """As docs/training.md says, but one epoch; each answer of each split counts once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "lavis.train"]
+    command += ["--cfg-path", "projects/kvmod/demo_vqa.yaml", "--options", "run.max_epoch=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (tmp_path / "output" / "demo_vqa").iterdir()
+    saved = [checkpoints.read(folder / f"checkpoint_{name}.pth") for name in ("best", "last")]
+    assert [(of["epoch"], len(of["rng"])) for of in saved] == [(0, 2), (0, 2)]
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines() if line.startswith('{"')]
+    facts = {name: value for line in lines for name, value in line.items()}
+    assert facts["train_epoch"] == 0
+    for split, name in (("val", "val_epoch0"), ("test", "test_epochbest")):
+        expected = sorted(f"{scan.index:04}-{kind}" for scan in digits.load_scans(split) for kind in digits.QUESTIONS)
+        rows = json.loads((folder / "result" / f"{name}.json").read_text())
+        assert sorted(row["question_id"] for row in rows) == expected
+        assert facts[f"{split}_scored"] == len(expected)
+        assert facts[f"{split}_overall"] == pytest.approx(100 * np.mean([row["accuracy"] for row in rows]), abs=0.01)

@@ -60,11 +60,10 @@ def test_the_demo_runs_anywhere(tmp_path):
     assert list(tmp_path.iterdir()) == []  # looking leaves nothing
 
 
-def test_missing_data_is_named_with_the_next_step(tmp_path, capsys, monkeypatch):
+def test_missing_data_is_named_with_the_next_step(tmp_path):
     (tmp_path / "mine.yaml").write_text(MISSING_DATA)
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["doctor", "--cfg-path", "mine.yaml", "--options", "run.batch_size_train=2"]) == 1
-    screen = capsys.readouterr().out
+    status, screen = doctor(tmp_path, "--cfg-path", "mine.yaml", "--options", "run.batch_size_train=2")
+    assert status == 1, screen
     assert "missing  datasets.custom_vqa" in screen and "/nowhere/train.csv" in screen
     assert line_of(screen, "run.learning_rate: not a key") == "warn"
     assert line_of(screen, "training with batches of 2 takes") == "ok"

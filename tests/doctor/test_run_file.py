@@ -1,5 +1,7 @@
 """Whether a run fits, decided for GPUs that are not here."""
 
+from multiprocessing import get_context
+
 import pytest
 import torch
 
@@ -20,6 +22,13 @@ from lavis_kvmod.memory.runs import Change
 from lavis_kvmod.models.settings import ModelSettings
 from lavis_kvmod.paths import resolve_config
 from lavis_kvmod.weights import WeightFile
+
+
+def findings_of(path, options, here):
+    """`run_file_findings` in a process of its own: its estimate starts autograd's threads, and where those run, no
+    later test could fork a training."""
+    with get_context("fork").Pool(1) as pool:
+        return pool.apply(run_file_findings, (path, options, here))
 
 
 def machine(total, free=None):
@@ -129,9 +138,14 @@ def test_the_published_model_on_a_24_gib_gpu(monkeypatch):
     monkeypatch.setattr("lavis_kvmod.config.data_problems", lambda cfg: [])
     monkeypatch.setattr("lavis_kvmod.weights._reachable", lambda url: True)
     options = ["run.batch_size_train=128", "run.batch_size_eval=64"]
-    found = run_file_findings("projects/kvmod/vqa.yaml", options, machine(24))
+    found = findings_of("projects/kvmod/vqa.yaml", options, machine(24))
     training, evaluation = found[-2:]
     assert training.mark == evaluation.mark == WRONG
     assert "model.opt_grad_checkpoint=true (" in training.step
     assert "run.batch_size_train=32 run.accum_grad_iters=" in training.step
     assert evaluation.step == "run.batch_size_eval=32"
+
+
+def test_the_doctor_is_no_torchrun():
+    found = findings_of("projects/kvmod/demo_vqa.yaml", ["run.fsdp=true"], Machine(memory_total=64 * GIB))
+    assert not [finding.text for finding in found if finding.mark not in (OK, NOTE)]

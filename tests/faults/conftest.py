@@ -107,6 +107,14 @@ class Record:
             )
         return rows
 
+    def write(self, path: Path) -> None:
+        """Its rows into a JSON file, beside what an earlier session wrote there of other faults."""
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        rows = {row["fault"]: row for row in [*earlier, *self.rows()]}
+        ordered = [rows[fault] for fault in FAULTS if fault in rows]
+        with checkpoints.whole_or_nothing(path) as temporary:
+            temporary.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
 
 @pytest.fixture(scope="session")
 def faults():
@@ -120,9 +128,7 @@ def record():
     made = Record()
     yield made
     if made.attempts:
-        path = Path(os.environ.get("LAVIS_KVMOD_FAULTS") or ROOT / "output" / "faults.json")
-        with checkpoints.whole_or_nothing(path) as temporary:
-            temporary.write_text(json.dumps(made.rows(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        made.write(Path(os.environ.get("LAVIS_KVMOD_FAULTS") or ROOT / "output" / "faults.json"))
 
 
 # ------------------------------------------------------------ processes

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from lavis_kvmod import checkpoints
 from lavis_kvmod.distributed import init_distributed
+from lavis_kvmod.evaluate import evaluate
 from lavis_kvmod.launch import build_runner, load_config
 from lavis_kvmod.sharding import is_sharded
 from lavis_kvmod.train import main, train
@@ -183,23 +184,70 @@ def test_killed_and_resumed_on_two_processes(write_run, in_process, runs, killed
 
 
 @pytest.mark.slow
-def test_a_sharded_language_model_trains_as_a_whole_one(steady_run, in_process, runs):
-    """`run.fsdp` on gloo: as DDP does, and its checkpoint is the same kind of file."""
-    path = steady_run(max_epoch=5)
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_a_sharded_language_model_trains_as_a_whole_one(steady_run, in_process, runs, tmp_path, grad_checkpoint):
+    """`run.fsdp` on gloo: as DDP does, its checkpoint is the same kind of file, and it answers the same. Of three
+    questions one rank has two, the other one."""
+    path = steady_run(max_epoch=5, batch_size_eval=1, valid_splits=["val"], test_splits=["test"])
+    evaluated = tmp_path / "data" / "val.json"
+    evaluated.write_text(json.dumps(json.loads(evaluated.read_text())[:3]))
+    checkpointing = f"model.opt_grad_checkpoint={grad_checkpoint}"
 
     def sharded():
-        runner = build_runner(load_config(path, ["run.valid_splits=[val]", "run.fsdp=true"]))
+        runner = build_runner(load_config(path, [checkpointing, "run.fsdp=true"]))
         opt = runner.model.module.opt_model
         weight = opt.model.decoder.layers[0].fc1.weight
         assert is_sharded(opt) and weight.to_local().numel() == weight.numel() // 2
         runner.train()
 
-    for name, function in (("ddp", steady(path, "run.valid_splits=[val]")), ("fsdp", sharded)):
+    for name, function in (("ddp", steady(path, checkpointing)), ("fsdp", sharded)):
         codes, output = ranks(in_process, function, name)
         assert codes == [0, 0], output
     ddp, fsdp = (weights(runs(name)[0]) for name in ("ddp", "fsdp"))
     assert ddp.keys() == fsdp.keys() and largest_difference(ddp, fsdp) <= 1e-6
+    for name in ("val_epoch0", "val_epoch4", "test_epochbest"):
+        whole, rows = (json.loads((runs(of)[0] / "result" / f"{name}.json").read_text()) for of in ("ddp", "fsdp"))
+        assert [row["question_id"] for row in rows] == [13, 14, 15] and all(row["answer"] for row in rows)
+        assert [row["answer"] for row in rows] == [row["answer"] for row in whole]
+    metrics = [
+        [line for line in (runs(of)[0] / "log.txt").read_text().splitlines() if line.startswith(('{"val_', '{"test_'))]
+        for of in ("ddp", "fsdp")
+    ]
+    assert len(metrics[0]) == 6
+    for whole, sharded_ones in zip(*metrics):
+        assert json.loads(sharded_ones) == pytest.approx(json.loads(whole), abs=1e-4)
     assert in_process(steady(path, f"run.resume_ckpt_path={runs('fsdp')[0] / LAST}", "run.max_epoch=6"), "on")[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_evaluation_counts_every_sample_once(write_run, in_process, tmp_path, world_size):
+    """Data sets smaller than the number of ranks, as large, and with every remainder; the metrics are one process's."""
+    path = write_run(batch_size_eval=2)
+    sizes = (1, 2, 3, 4, 5, 7)
+    given = json.loads((tmp_path / "data" / "train.json").read_text())
+    for size in sizes:
+        (tmp_path / "data" / f"{size}.json").write_text(json.dumps(given[:size]))
+
+    def evaluate_all():
+        for size in sizes:
+            files = f"[{tmp_path / 'data' / f'{size}.json'},{tmp_path / 'data' / 'answers.json'}]"
+            build_info = "datasets.coco_vqa.build_info.annotations.val"
+            evaluate(path, [f"{build_info}.storage={files}", f"{build_info}.url={files}", f"run.output_dir=of-{size}"])
+
+    def found(folder, size):
+        (run,) = (tmp_path / folder / f"of-{size}").iterdir()
+        rows = json.loads((run / "result" / "val_epochbest.json").read_text())
+        return rows, json.loads((run / "metrics.json").read_text())["val"]
+
+    assert in_process(evaluate_all, "one")[0] == 0
+    codes, output = ranks(in_process, evaluate_all, "several", world_size)
+    assert codes == [0] * world_size, output
+    for size in sizes:
+        (alone, metrics), (rows, together) = found("one", size), found("several", size)
+        assert [row["question_id"] for row in rows] == list(range(size)) and together["scored"] == size
+        assert [row["answer"] for row in rows] == [row["answer"] for row in alone]
+        assert together == pytest.approx(metrics, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -211,16 +259,19 @@ def test_another_number_of_processes_goes_on_in_the_epoch(write_run, in_process,
 
 
 @pytest.mark.slow
-def test_sigterm_on_one_rank_saves_on_all(write_run, in_process, runs, killed_before_step):
-    path = write_run(valid_splits=[], max_epoch=1)
+@pytest.mark.parametrize(("step", "splits", "epoch", "batch"), [(1, [], 0, 3), (3, [], 1, 0), (3, ["val"], 0, 4)])
+def test_sigterm_on_one_rank_saves_on_all(write_run, in_process, runs, killed_before_step, step, splits, epoch, batch):
+    """All agree with the next step's exchange, or at the end of the epoch."""
+    path = write_run(valid_splits=splits)
 
     def one_is_told():
         signum = signal.SIGTERM if os.environ["RANK"] == "1" else signal.SIGCONT
-        killed_before_step(path, 1, signum=signum)()
+        killed_before_step(path, step, signum=signum)()
 
     codes, output = ranks(in_process, one_is_told, "told")
     assert codes == [143, 143], output
-    assert checkpoints.read(runs("told")[0] / LAST)["state"]["batch"] == 3  # all agree with the next step's exchange
+    state = checkpoints.read(runs("told")[0] / LAST)["state"]
+    assert (state["epoch"], state["batch"]) == (epoch, batch)
 
 
 def torchrun(code, folder, *, timeout=240):
@@ -270,3 +321,55 @@ sys.exit(lavis.train.main(["--cfg-path", {path!r}]))
     (entry,) = (part for part in report.split("  time ")[1:] if "rank      : 1 " in part)
     assert named in entry and told in output, output
     assert checkpoints.read(runs()[0] / LAST)["state"]["batch"] == 2
+
+
+WATCHED = """
+import os, sys
+rank, notes = os.environ["RANK"], os.open({notes!r} + os.environ["RANK"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+CHANGES = {{"os.mkdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "os.remove": 1, "os.rmdir": 1}}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+def watch(event, args):
+    if event == "open":
+        paths = args[:1] if args[2] & WRITING else ()
+    else:
+        paths = args[: CHANGES.get(event, 0)]
+    for path in paths:
+        if isinstance(path, (str, bytes, os.PathLike)):
+            os.write(notes, (os.path.abspath(os.fsdecode(path)) + "\\n").encode())
+sys.addaudithook(watch)
+import lavis.train, lavis.evaluate
+sys.exit(lavis.{command}.main(["--cfg-path", {path!r}, "--options", *{options!r}]))
+"""
+LAVISS_TASK = [
+    "run.task=vqa",
+    "run.inference_method=generate",
+    "run.valid_splits=[]",
+]  # its metric wants official files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "options", "of_rank_1"),
+    [
+        ("train", [], []),
+        ("evaluate", [], []),
+        ("train", LAVISS_TASK, ["result/test_vqa_result_rank1.json"]),  # LAVIS's way to gather answers
+    ],
+)
+def test_only_the_first_rank_writes(write_run, tmp_path, runs, command, options, of_rank_1):
+    """Every file or folder that either rank opens to write, makes, renames or removes, as Python tells (an audit hook);
+    a run with checkpoints within the epoch, validation and test, that then goes on."""
+    path = write_run(save_every_n_iters=1, test_splits=["test"], resume_ckpt_path="auto", tensorboard="auto")
+    for number, epochs in enumerate([1, 2] if command == "train" else [1]):
+        notes = str(tmp_path / f"notes-{number}-")
+        arguments = [*options, f"run.max_epoch={epochs}"]
+        code, output, _ = torchrun(WATCHED.format(notes=notes, command=command, path=path, options=arguments), tmp_path)
+        assert code == 0, output
+        (folder,) = runs()
+        first, second = (
+            {line for line in open(f"{notes}{rank}").read().splitlines() if line.startswith(str(tmp_path / "output"))}
+            for rank in range(2)
+        )
+        assert second == {str(folder / name) for name in of_rank_1}
+        wrote = "metrics.json" if command == "evaluate" else LAST
+        assert any(wrote in name for name in first) and any("result/" in name for name in first), first

@@ -136,6 +136,13 @@ def test_patience_ends_a_run_that_no_longer_gets_better(write_run, runs, monkeyp
     assert checkpoints.read(runs()[0] / LAST)["epoch"] == 3
 
 
+def test_patience_ends_a_run_that_never_had_a_metric(write_run, runs, monkeypatch, capsys):
+    monkeypatch.setattr(KVModVQATask, "after_evaluation", lambda self, **kw: {"agg_metrics": float("nan")})
+    train(write_run(max_epoch=5, patience=2))
+    assert checkpoints.read(runs()[0] / LAST)["epoch"] == 1
+    assert "stopping early: 2 validations without a metric that is a finite number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_metric_that_is_not_finite_is_never_the_best(write_run, runs, monkeypatch, caplog, value):
     values = iter([value, 1.0])
@@ -157,6 +164,42 @@ def test_the_prefix_generator_learns_at_its_own_rate(write_run, runs):
     assert all(name.startswith("kv_prefix") for name in line["train_lrs"])
     groups = checkpoints.read(runs()[0] / LAST)["optimizer"]["param_groups"]
     assert {(g["name"].startswith("kv_prefix"), g["lr"]) for g in groups} == {(True, 1e-2), (False, 1e-3)}
+
+
+def test_the_vits_layers_learn_at_rates_of_their_own(write_run, runs):
+    train(write_run({"freeze_vit": False}, max_epoch=1, lr_layer_decay=0.5, valid_splits=[], warmup_steps=0))
+    groups = checkpoints.read(runs()[0] / LAST)["optimizer"]["param_groups"]
+    rates = {group["name"]: group["lr"] for group in groups if group["name"].startswith("vit_layer_")}
+    layers = {int(name.split("_")[2]) for name in rates}
+    assert {0, 1, 2} <= layers  # embeddings and two blocks
+    assert all(rate == pytest.approx(1e-3 * 0.5 ** (3 - int(name.split("_")[2]))) for name, rate in rates.items())
+    (line,) = log_lines(runs()[0])
+    assert {name for name in rates if "vit_layer_3" not in name} == set(line["train_lrs"])
+
+
+@pytest.mark.parametrize("limit", [None, 1e-3])
+def test_gradients_are_clipped_to_the_run_files_norm(write_run, runs, monkeypatch, limit):
+    """What the optimizer is given; the log has the norms before clipping."""
+    take, norms = torch.optim.AdamW.step, []
+
+    def step(self, *args, **kwargs):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
+        return take(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    train(write_run(max_epoch=1, valid_splits=[], max_grad_norm=limit))
+    (line,) = log_lines(runs()[0])
+    largest = float(line["train_grad_norm_max"])
+    assert len(norms) == 7 and largest > 0.1
+    assert max(norms) == pytest.approx(largest if limit is None else limit, rel=1e-2)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_as_many_checkpoints_as_the_run_file_says_are_kept(write_run, runs, keep):
+    train(write_run(max_epoch=1, valid_splits=[], keep_last=keep, save_every_n_iters=1))
+    kept = {path.name for path in runs()[0].glob("checkpoint_last*")}
+    assert kept == {LAST, *(f"checkpoint_last-{i}.pth" for i in range(1, keep))}
 
 
 def test_a_multiplier_that_the_model_does_not_know_is_refused():

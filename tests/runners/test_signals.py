@@ -49,6 +49,13 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on_from_there(
     assert_same_run(folder, runs("whole")[0])
 
 
+def test_in_an_epochs_last_step_no_other_is_begun(write_run, in_process, runs, killed_before_step):
+    path = write_run(valid_splits=[])
+    code, output = in_process(killed_before_step(path, 6, signum=signal.SIGTERM))
+    state = checkpoints.read(runs()[0] / "checkpoint_last.pth")["state"]
+    assert (code, state["epoch"], state["batch"]) == (143, 1, 0), output
+
+
 @pytest.mark.slow
 def test_sigterm_while_validating_stops_at_once_and_costs_nothing(write_run, in_process, runs, assert_same_run):
     path = write_run(max_epoch=1, resume_ckpt_path="auto")
