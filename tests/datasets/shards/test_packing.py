@@ -340,6 +340,17 @@ def test_all_that_is_missing_or_wrong_is_told_before_anything_is_written(photos,
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_without_an_image_are_told(photos):
+    """As those of LAVIS's sets of videos."""
+    dataset = questions(photos)
+    for row in dataset.annotation:
+        row["video"] = row.pop("image")
+    with pytest.raises(
+        BadDataError, match=r"22 of 22 annotations cannot be packed.*\n.*row 0: it names no image; it has"
+    ):
+        items_of(dataset, "msvd_qa, train")
+
+
 def test_a_split_without_answers_is_packed(photos, tmp_path):
     dataset = questions(photos, VQAEvalData)
     for row in dataset.annotation:
