@@ -1,9 +1,16 @@
 """``lavis-kvmod pack``: from a run file to shards, and from its own words to a run file over them."""
 
+import fcntl
 import json
 import multiprocessing
 import os
+import pty
 import random
+import re
+import struct
+import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 
@@ -147,6 +154,35 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(run_file, tmp_path
             break
     assert killed >= 5 and status == 0
     assert {path.name: path.read_bytes() for path in (out / "train").iterdir() if path.name != ".lock"} == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("watched", [True, False])
+def test_the_command_shows_how_far_it_is(run_file, tmp_path, watched):
+    """A bar where stderr is a terminal, a log line where it is none."""
+    command = [sys.executable, "-m", "lavis_kvmod", "pack", "--cfg-path", run_file, "--out", str(tmp_path / "out")]
+    reader, stderr = pty.openpty() if watched else os.pipe()
+    if watched:
+        fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # a new terminal has no columns
+    process = subprocess.Popen(
+        [*command, "--split", "train"],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env={**os.environ, "TQDM_MININTERVAL": "0"},  # three images are packed sooner than a bar moves
+    )
+    os.close(stderr)
+    said, piece = b"", b" "
+    while piece:
+        try:
+            piece = os.read(reader, 4096)
+        except OSError:  # how a terminal ends, on Linux
+            piece = b""
+        said += piece
+    os.close(reader)
+    assert b"train: 1 shards, 3 images with 9 texts" in process.communicate(timeout=60)[0]
+    assert process.returncode == 0, said
+    bar, line = re.search(rb"packing train: .*3/3 \[", said), re.search(rb"\[INFO\] packing train \[3/3\]", said)
+    assert (bar and not line) if watched else (line and not bar), repr(said)
 
 
 def test_the_pages_run_file_section_builds(run_file, tmp_path):

@@ -56,10 +56,12 @@ def test_the_benchmarks_page_names_them_all_and_nothing_else():
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_its_head_says_what_it_needs_trains_and_takes_and_how_it_is_run(name):
     head = (FOLDER / name).read_text().partition("\nmodel:")[0]
-    for part in ("Needs", "Trains", "Memory", "Command"):
+    for part in ("Needs", "Trains", "Memory", "Command", "Values"):
         assert re.search(rf"^# {part}: +\S", head, re.M), part
     command = "evaluate" if raw(name).run.evaluate else "train"
     assert f"python -m lavis.{command} --cfg-path projects/kvmod/{name}" in head
+    for model_type in re.findall(r"model\.model_type=([\w.]+\w)", head):
+        assert model_type in registry.get_model_class("blip2_opt_kvmod").PRETRAINED_MODEL_CONFIG_DICT
     for section, key in re.findall(r"[ '](model|run|datasets)\.([\w.]+)=", head):
         if section == "model":
             assert hasattr(ModelSettings(), key), key

@@ -1,5 +1,6 @@
 """From one's own files to a checkpoint and scores, by a user's commands; and docs/data.md, exactly as printed."""
 
+import csv
 import json
 import os
 import re
@@ -13,7 +14,9 @@ from omegaconf import OmegaConf
 from lavis_kvmod import checkpoints
 from lavis_kvmod.config import ConfigurationError, load_config
 from lavis_kvmod.datasets.bad_samples import BadDataError
+from lavis_kvmod.demo import digits
 from lavis_kvmod.evaluate import evaluate
+from lavis_kvmod.pack import pack
 from lavis_kvmod.train import train
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
@@ -136,19 +139,122 @@ def test_by_the_commands(run_file, write_csv, write_jsonl, tmp_path, name):
     path = write_jsonl("captions.jsonl", CAPTIONS) if "caption" in name else write_csv("qa.csv", ROWS)
     run_file(name, files(train=path, val=path, test=path))
 
-    def lavis(command, *options):
-        words = [sys.executable, "-m", f"lavis.{command}", "--cfg-path", "run.yaml", "--options", *options]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    lavis("train", "run.max_epoch=2")
+    by_command("train", "run.max_epoch=2")
     (folder,) = (tmp_path / "output").iterdir()
     assert checkpoints.read(folder / "checkpoint_last.pth")["epoch"] == 1
     assert len(predictions(tmp_path, "test")) == 6
-    assert "agg_metrics" in lavis(
+    assert "agg_metrics" in by_command(
         "evaluate", "model.load_finetuned=true", f"model.finetuned={folder}/checkpoint_best.pth"
     )
+
+
+def by_command(command, *options):
+    words = [sys.executable, "-m", f"lavis.{command}", "--cfg-path", "run.yaml"]
+    done = subprocess.run(
+        [*words, *(["--options", *options] if options else [])], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def by_function(command, *options):
+    (train if command == "train" else evaluate)("run.yaml", list(options))
+
+
+# ------------------------------------------------------------ handwriting, in each layout, to the report
+
+
+@pytest.fixture()
+def handwriting(tmp_path):
+    """A function: the rows of questions or captions by split; the scans are PNG files below ``digits``, in a folder
+    for each digit."""
+
+    def write(kind):
+        rows = {"train": [], "val": []}
+        for split, scans in (("train", digits.load_scans("train")[:6]), ("val", digits.load_scans("val")[:5])):
+            for scan in scans:
+                path = tmp_path / "digits" / digits.DIGIT_WORDS[scan.digit] / f"{scan.index:04d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                digits.render(scan).save(path)
+                name = {"image": path.relative_to(tmp_path / "digits").as_posix()}
+                if kind == "caption":
+                    rows[split].append({**name, "caption": digits.caption(scan)})
+                for asked in digits.questions(scan) if kind == "vqa" else ():
+                    rows[split].append(
+                        {
+                            **name,
+                            "question": asked.question,
+                            "answer": asked.answer,
+                            "question_id": f"{scan.index}-{asked.type}",
+                            "question_type": asked.type,
+                        }
+                    )
+        return rows
+
+    return write
+
+
+def as_tsv(rows, split, tmp_path, write_csv):
+    return write_csv(f"{split}.tsv", rows, "\t")
+
+
+def as_json(rows, split, tmp_path, write_csv):
+    """A list within an object, and a list of texts within each row."""
+    nested = [{key: [value] if key in ("answer", "caption") else value for key, value in row.items()} for row in rows]
+    path = tmp_path / f"{split}.json"
+    path.write_text(json.dumps({"info": {"by": "hand"}, "annotations": nested}), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "command", [by_function, pytest.param(by_command, marks=pytest.mark.slow)], ids=["function", "command"]
+)
+@pytest.mark.parametrize("layout", ["tsv", "json", "shards"])
+@pytest.mark.parametrize("kind", ["vqa", "caption"])
+def test_handwriting_in_sub_folders_to_the_report(run_file, handwriting, write_csv, tmp_path, kind, layout, command):
+    rows = handwriting(kind)
+    write = as_json if layout == "json" else as_tsv
+    section = files(**{split: write(of_split, split, tmp_path, write_csv) for split, of_split in rows.items()})
+    section["build_info"]["images"] = {"storage": "digits"}
+    run = {"test_splits": [], "caption_metrics": ["Bleu", "ROUGE_L", "CIDEr"]}
+    if kind == "vqa":
+        del run["caption_metrics"]
+    run_file(f"custom_{kind}", section, **run)
+    if layout == "shards":
+        pack("run.yaml", "shards", max_count=4)
+        section = {**files(train="shards/train", val="shards/val"), "shuffle_buffer": 3}
+        run_file(f"wds_{kind}", section, **run)
+
+    command("train")
+    (checkpoint,) = tmp_path.glob("output/*/checkpoint_best.pth")
+    command(
+        *("evaluate", "model.load_finetuned=true", f"model.finetuned={checkpoint}"),
+        *("run.test_splits=[val]", "run.output_dir=evaluated"),
+    )
+
+    (trained,), (folder,) = (list((tmp_path / name).iterdir()) for name in ("output", "evaluated"))
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["val"]["scored"] == len(rows["val"]) == metrics["provenance"]["samples"]["val"]
+    assert metrics["provenance"]["data"] == {f"{'wds' if layout == 'shards' else 'custom'}_{kind}": "default"}
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    assert f"{len(rows['val'])} predictions; scored: {len(rows['val'])}." in report
+    figures = dict(re.findall(r"^\| (\w+) \| +([\d.]+) \|$", report.replace("\\_", "_"), re.M))
+    assert float(figures["loss"]) == pytest.approx(metrics["val"]["loss"], rel=1e-2)
+    pictures = re.findall(r"!\[.*\]\((report/.*\.jpg)\)", report)
+    assert pictures and all((folder / name).is_file() for name in pictures)
+
+    # Each row of val once, under its image's name: in training's validation, in the evaluation, and in a spreadsheet.
+    target, told = ("answer", "answers") if kind == "vqa" else ("caption", "references")
+    expected = [(row["image"], row.get("question_id"), row.get("question"), [row[target]]) for row in rows["val"]]
+    (validation,) = trained.glob("result/val*.json")
+    (result,) = folder.glob("result/val*.json")
+    with open(result.with_suffix(".csv"), encoding="utf-8", newline="") as file:
+        spreadsheet = [{**row, told: json.loads(row[told])} for row in csv.DictReader(file)]
+    for found in (*(json.loads(path.read_text(encoding="utf-8")) for path in (validation, result)), spreadsheet):
+        names = [row["image"].replace(f"{tmp_path}/digits/", "") for row in found]  # shards know no folder of theirs
+        told_of = [(row.get("question_id"), row.get("question"), row[told]) for row in found]
+        assert [(name, *rest) for name, rest in zip(names, told_of)] == expected
+        assert all("prediction" in row for row in found)
 
 
 # ------------------------------------------------------------ docs/data.md

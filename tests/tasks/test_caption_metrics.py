@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,70 @@ def test_a_spice_that_fails_is_left_out(spice_with_broken_models, no_network):
     got = score_captions(["a cat"] * 2, [["a cat"], ["a dog"]], ["SPICE", "ROUGE_L"])
     assert set(got.metrics) == {"ROUGE_L"}
     assert "its Java program failed (CalledProcessError" in got.left_out["SPICE"]
+
+
+JAVA = """#!{python}
+# The three programs that pycocoevalcap starts, by their contracts alone: PTB's tokeniser, METEOR and SPICE.
+import json, sys
+
+def share(said, texts):
+    words = said.split()
+    return sum(word in " ".join(texts).split() for word in words) / len(words)
+
+arguments = sys.argv[1:]
+if "-version" in arguments:
+    print("stub", file=sys.stderr)
+elif "edu.stanford.nlp.process.PTBTokenizer" in arguments:
+    sys.stdout.write(sys.stdin.read().lower())
+elif "meteor-1.5.jar" in arguments:
+    for line in iter(sys.stdin.readline, ""):
+        command, *parts = line.strip().split(" ||| ")
+        if command == "SCORE":
+            print(share(parts[-1], parts[:-1]), flush=True)
+        else:
+            values = [float(part) for part in parts]
+            print(*values, sum(values) / len(values), sep="\\n", flush=True)
+elif "spice-1.0.jar" in arguments:
+    images = json.load(open(arguments[arguments.index("spice-1.0.jar") + 1]))
+    results = [
+        {{
+            "image_id": image["image_id"],
+            "test_tuples": [],
+            "ref_tuples": [],
+            "scores": {{
+                "All": {{"f": share(image["test"], image["refs"]), "pr": 1.0, "re": 1.0, "numImages": 1.0}},
+                "Cardinality": {{"f": None, "pr": 0.0, "re": None, "numImages": 1.0}},
+            }},
+        }}
+        for image in reversed(images)
+    ]
+    json.dump(results, open(arguments[arguments.index("-out") + 1], "w"))
+else:
+    sys.exit(f"unknown: {{arguments}}")
+"""
+
+
+@pytest.fixture()
+def stub_java(tmp_path, monkeypatch):
+    """A ``java`` on the PATH which scores a caption by the share of its words that its references have."""
+    path = tmp_path / "bin" / "java"
+    path.parent.mkdir()
+    path.write_text(JAVA.format(python=sys.executable), encoding="utf-8")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(path.parent), prepend=os.pathsep)
+
+
+def test_what_java_programs_answer_is_in_the_metrics(stub_java, spice_with_broken_models, no_network):
+    """pycocoevalcap's own METEOR and SPICE, with only Java replaced (real METEOR is in the slow tests)."""
+    captions = ["a cat", "a red dog here", "cup"]
+    references = [["A cat on a mat", "one cat"], ["the dog", "a dog"], ["tea"]]
+    got = score_captions(captions, references)
+    assert got.left_out == {} and got.tokeniser == "ptb" and got.scored == 3
+    assert got.by_image["SPICE"] == got.by_image["METEOR"] == [1.0, 0.5, 0.0]
+    assert got.metrics["SPICE"] == got.metrics["METEOR"] == pytest.approx(0.5)
+    assert set(got.metrics) == {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE"}
+    unscored = score_captions(["a cat", "a red dog here"], [["?"], ["the dog", "a dog"]], ["SPICE"])
+    assert math.isnan(unscored.by_image["SPICE"][0]) and unscored.metrics == {"SPICE": 0.5}
 
 
 @needs_java

@@ -143,6 +143,8 @@ def items_of(dataset: Any, name: str) -> Tuple[Kind, List[Item]]:
             kind.parse(entry, None)
             if has_targets and not entry.get(kind.target):
                 raise ValueError(f"it has no {kind.target}, where others have")
+            if not annotation.get("image") and not hasattr(dataset, "picture"):
+                raise ValueError(f"it names no image; it has {', '.join(annotation)}")
         except (ValueError, TypeError) as error:
             problems.append(f"{entry['source']}: {error}")
             continue

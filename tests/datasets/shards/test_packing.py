@@ -6,9 +6,11 @@ import tarfile
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from filelock import FileLock
 from lavis.processors.blip_processors import BlipCaptionProcessor, BlipImageEvalProcessor, BlipQuestionProcessor
+from PIL import Image
 
 from lavis_kvmod.datasets.annotated import CaptionEvalData, CaptionTrainData, VQAEvalData, VQATrainData
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy
@@ -191,6 +193,23 @@ def test_images_keep_their_bytes_and_come_once(photos, tmp_path):
     assert [len(entries) for entries in lists] == [2] * 11
 
 
+@pytest.mark.parametrize("extension", ["webp", "jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff"])
+def test_each_format_comes_back_to_the_pixel(tmp_path, extension):
+    """Compared with what Pillow reads from the file; webp also without loss, with what was saved."""
+    photo = Image.fromarray(skimage.data.chelsea()).resize((24, 24))
+    path = tmp_path / f"cat.{extension}"
+    photo.save(path, **({"lossless": True} if extension == "webp" else {}))
+    rows = [{"image": str(path), "image_id": 1, "question_id": 1, "question": "q?", "answer": ["a"], "source": "s"}]
+    processor = BlipImageEvalProcessor(24, mean=(0, 0, 0), std=(1, 1, 1))
+    pack(VQAEvalData(processor, QUESTION, rows), tmp_path / "out")
+    assert dict(members(tmp_path / "out"))[f"photos-train-00000000.{extension}"] == path.read_bytes()
+    (batch,) = WdsVQAEvalData(processor, QUESTION, find_shards([str(tmp_path / "out")])).make_loader(batch_size=1)
+    got = (batch["image"][0] * 255).round().byte().permute(1, 2, 0).numpy()
+    with Image.open(path) as saved:
+        assert np.array_equal(got, np.asarray(saved.convert("RGB")))
+    assert extension not in ("webp", "png", "bmp", "tif", "tiff") or np.array_equal(got, np.asarray(photo))
+
+
 def test_an_image_under_a_name_without_a_known_extension(tmp_path, picture):
     for name, extension in (("photo", "jpg"), ("scan.IMG", "png"), ("b.JPEG", "jpg")):
         path = tmp_path / name
@@ -338,6 +357,17 @@ def test_all_that_is_missing_or_wrong_is_told_before_anything_is_written(photos,
     assert "2 of 22 annotations cannot be packed" in text and "train.csv, row 0: expected a question" in text
     assert "train.csv, row 1: it has no answer, where others have" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_an_image_are_told(photos):
+    """As those of LAVIS's sets of videos."""
+    dataset = questions(photos)
+    for row in dataset.annotation:
+        row["video"] = row.pop("image")
+    with pytest.raises(
+        BadDataError, match=r"22 of 22 annotations cannot be packed.*\n.*row 0: it names no image; it has"
+    ):
+        items_of(dataset, "msvd_qa, train")
 
 
 def test_a_split_without_answers_is_packed(photos, tmp_path):
