@@ -214,3 +214,9 @@ def test_the_runner_is_a_lavis_runner():
     from lavis.runners.runner_base import RunnerBase
 
     assert issubclass(RunnerKVMod, RunnerBase)
+
+
+@pytest.mark.parametrize("value", ["1", "null", "''"])
+def test_the_output_folder_is_a_path(value):
+    with pytest.raises(ConfigurationError, match="run.output_dir: expected the path of a folder"):
+        load_config("projects/kvmod/demo_vqa.yaml", [f"run.output_dir={value}"])
