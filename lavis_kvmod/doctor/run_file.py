@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lavis_kvmod.config import ARCH, ConfigurationError, KVModConfig, load_config
+from lavis_kvmod.datasets.storage import stored, strings
 from lavis_kvmod.doctor.findings import MISSING, NOTE, OK, WARN, WRONG, Finding
 from lavis_kvmod.doctor.machine import GIB, Machine, gib, hf_cache, nearest, torch_hub
 from lavis_kvmod.memory import MemoryEstimate, estimate
@@ -58,7 +59,7 @@ def run_file_findings(cfg_path: str, options: Sequence[str], machine: Machine) -
     if cfg is None:
         return found
     if not any(problem.startswith("datasets") for problem in problems):
-        found.append(Finding(OK, f"data: {', '.join(cfg.datasets_cfg)}"))
+        found += data_findings(cfg.datasets_cfg)
     if cfg.model_cfg.arch != ARCH:
         text = f"{cfg.model_cfg.arch} is LAVIS's own: its weights and memory are not looked at"
         return [*found, Finding(NOTE, text)]
@@ -107,6 +108,29 @@ def _warnings_logged() -> Iterator[List[str]]:
         yield messages
     finally:
         logger.handlers[:] = before
+
+
+# ------------------------------------------------------------ data
+
+
+def data_findings(sections: DictConfig) -> List[Finding]:
+    """The folders in which each data set's files lie, of the splits that the run uses."""
+    found = []
+    for name, section in sections.items():
+        files = [stored(storage) for storage in _storages(section.get("build_info"))]
+        folders = dict.fromkeys(str(file if file.is_dir() else file.parent) for file in files)
+        found.append(Finding(OK, f"data: {name}: {', '.join(folders) or 'comes with the package'}"))
+    return found
+
+
+def _storages(section: Any) -> Iterator[str]:
+    """All ``storage`` values below a ``build_info``, and paths that stand in place of such an entry."""
+    if OmegaConf.is_dict(section):
+        for key, value in section.items():
+            if key not in ("url", "pattern"):
+                yield from _storages(value)
+    elif section is not None:
+        yield from strings(section)
 
 
 # ------------------------------------------------------------ weights and disk

@@ -4,12 +4,15 @@ from multiprocessing import get_context
 
 import pytest
 import torch
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
 
 from lavis_kvmod.config import KVModConfig
 from lavis_kvmod.doctor.findings import NOTE, OK, WARN, WRONG
 from lavis_kvmod.doctor.machine import GIB, GPU, Machine
 from lavis_kvmod.doctor.run_file import (
     advice,
+    data_findings,
     fit_finding,
     memory_findings,
     output_findings,
@@ -112,6 +115,33 @@ def test_weights_and_what_is_still_to_come(tmp_path, monkeypatch):
     assert to_come.mark == NOTE and to_come.text.endswith("none-such.pth, about 2.0 GiB")
     *_, full = weight_findings(files, {"visual_encoder": 2**60})
     assert full.mark == WRONG and "HF_HOME and TORCH_HOME" in full.step
+
+
+def test_where_data_lie(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("pictures", "lists", "shards"):
+        (tmp_path / folder).mkdir()
+    sections = {
+        "custom_vqa": {
+            "build_info": {
+                "images": {"storage": ["pictures"]},
+                "annotations": {
+                    "train": {"storage": "lists/a.csv", "url": "https://example.org/a"},
+                    "val": "lists/b.csv",
+                },
+            }
+        },
+        "wds_vqa": {"build_info": {"annotations": {"train": {"storage": "shards/{000..009}.tar"}, "val": None}}},
+        "digits_vqa": {"build_info": {}},
+    }
+    (tmp_path / "lists/a.csv").touch()
+    (tmp_path / "lists/b.csv").touch()
+    monkeypatch.setitem(registry.mapping["paths"], "cache_root", str(tmp_path))
+    assert [finding.text for finding in data_findings(OmegaConf.create(sections))] == [
+        f"data: custom_vqa: {tmp_path / 'pictures'}, {tmp_path / 'lists'}",
+        f"data: wds_vqa: {tmp_path / 'shards'}",
+        "data: digits_vqa: comes with the package",
+    ]
 
 
 def test_room_for_checkpoints(tmp_path):
