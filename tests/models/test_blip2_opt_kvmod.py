@@ -1,5 +1,8 @@
 """The full model: its path, what is trained, what the loss sees, and equality with LAVIS's own Blip2OPT."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -581,3 +584,16 @@ def test_half_precision_towers_through_lavis_loader(model_config, images, monkey
 
 def test_float32_towers_are_left_alone(build):
     assert {row.dtype for row in build().float().parts()} == {"float32"}
+
+
+def test_weight_files_may_be_written_again_once_they_are_loaded(build, files, tmp_path):
+    """A model that kept views of its files would change with them, or crash."""
+    copies = {}
+    for key, file in (("vit_checkpoint", files.vit), ("pretrained", files.blip2), ("aux_checkpoint", files.b0)):
+        copies[key] = shutil.copy(file, tmp_path)
+    model = build(**copies)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for copy in map(Path, copies.values()):
+        with open(copy, "r+b") as file:  # in place
+            file.write(bytes(copy.stat().st_size))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
