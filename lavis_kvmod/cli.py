@@ -5,6 +5,7 @@ import sys
 from importlib import import_module
 
 from lavis_kvmod import __version__, _hook
+from lavis_kvmod.quiet import hide_deprecations
 
 # command -> (module with `add_arguments(parser)` and `main(args)`, what it does)
 _COMMANDS = {
@@ -23,6 +24,7 @@ _COMMANDS = {
 def main(argv=None):
     """Run one command, and return its exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    hide_deprecations()
     parser = argparse.ArgumentParser(
         prog="lavis-kvmod",
         description="KV modulation for LAVIS. Training and evaluation are LAVIS's commands: "

@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import sys
-import warnings
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
@@ -18,6 +17,7 @@ from lavis_kvmod.checkpoints import CheckpointError
 from lavis_kvmod.config import ConfigurationError, KVModConfig, load_config
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.distributed import from_main, get_rank, init_distributed, leaves_group
+from lavis_kvmod.quiet import hide_deprecations
 from lavis_kvmod.runners.run_folder import RunFolderError
 
 # What the user can mend: told without a traceback.
@@ -96,10 +96,7 @@ def set_up_logging() -> None:
         format="%(asctime)s [%(levelname)s] %(message)s",
         force=True,
     )
-    # PyTorch warns at every call of functions that LAVIS's pinned dependencies use.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|fairscale|timm)\b")
-    # The new name is unknown to the older PyTorch that this package allows.
-    warnings.filterwarnings("ignore", category=FutureWarning, message="`broadcast_buffers` is deprecated")
+    hide_deprecations()
 
 
 def run_command(command: Callable[[str, List[str]], object], description: str, argv) -> int:

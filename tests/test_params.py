@@ -94,3 +94,10 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, options, told):
 def test_an_unknown_size_is_said():
     with pytest.raises(FileNotFoundError, match="facebook/opt-2.7b"):
         Blip2OPTKVMod.without_weights({"load_finetuned": False, "opt_model": "someone/opt-odd"})
+
+
+def test_the_screen_has_the_table_alone():
+    """LAVIS's pinned dependencies would fill it with PyTorch's deprecations first."""
+    argv = [sys.executable, "-W", "default", "-m", "lavis_kvmod", "params"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
+    assert "visual_encoder" in done.stdout and "FutureWarning" not in done.stderr
