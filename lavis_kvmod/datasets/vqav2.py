@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Dict, List, Optional, Set
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lavis_kvmod.datasets.annotated import Annotation
 from lavis_kvmod.datasets.answer_list import read_answer_list
@@ -135,7 +135,8 @@ def _sections(config: DictConfig) -> Dict[str, DictConfig]:
 
 def _pattern(section: DictConfig) -> str:
     """What a split's section says of its images' paths; '' for nothing."""
-    return (section.get("images") or {}).get("pattern") or ""
+    images = section.get("images") if OmegaConf.is_dict(section) else None
+    return images.get("pattern") or "" if OmegaConf.is_dict(images) else ""
 
 
 class VQAv2Builder(OfficialVQABuilder):

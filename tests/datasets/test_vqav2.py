@@ -224,6 +224,9 @@ def test_a_split_of_ones_own_needs_a_pattern_and_one_may_be_null(root):
     cfg.build_info.annotations.mine = {"questions": cfg.build_info.annotations.val.questions}
     (problem,) = VQAv2Builder.config_problems(cfg)
     assert problem.startswith("mine: build_info.annotations.mine.images.pattern is not set; ")
+    for wrong in ("questions.json", {"questions": "questions.json", "images": "val2014"}):
+        cfg.build_info.annotations.mine = wrong
+        assert VQAv2Builder.config_problems(cfg) == [problem]
     cfg.build_info.annotations.mine = None
     assert VQAv2Builder.splits_given(cfg) == ["val"]
     assert list(VQAv2Builder(cfg).build_datasets()) == ["val"]
