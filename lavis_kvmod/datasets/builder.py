@@ -8,7 +8,6 @@ import logging
 from collections import Counter
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
-from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_kvmod.datasets.annotated import (
@@ -23,8 +22,8 @@ from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy, some
 from lavis_kvmod.datasets.cells import has_words
 from lavis_kvmod.datasets.image_folders import ImageFolders, MissingImageError
 from lavis_kvmod.datasets.images import BadImageError
+from lavis_kvmod.datasets.packaged import PackagedBuilder
 from lavis_kvmod.datasets.storage import looked_for, stored, strings
-from lavis_kvmod.paths import resource
 
 __all__ = ["AnnotationBuilder", "CaptionBuilder", "VQABuilder"]
 
@@ -38,7 +37,7 @@ class Problem(NamedTuple):
     text: str
 
 
-class AnnotationBuilder(BaseDatasetBuilder):
+class AnnotationBuilder(PackagedBuilder):
     """A LAVIS builder over lists of annotations. Subclass `VQABuilder` or `CaptionBuilder`.
 
     To implement: `annotations`, and ``DATASET_CONFIG_DICT`` with the path of a default YAML of this package.
@@ -77,21 +76,6 @@ class AnnotationBuilder(BaseDatasetBuilder):
     images_from = ""  # how to get them
 
     # ------------------------------------------------------------ what LAVIS calls
-
-    @classmethod
-    def default_config_path(cls, type: str = "default") -> str:
-        """The absolute path of the configuration of that type.
-
-        Raises:
-            ValueError: for an unknown type.
-        """
-        if type not in cls.DATASET_CONFIG_DICT:
-            known = ", ".join(cls.DATASET_CONFIG_DICT)
-            raise ValueError(f"{cls.__name__}: expected a type of {known}; got {type!r}")
-        return str(resource(cls.DATASET_CONFIG_DICT[type]))
-
-    def _download_data(self) -> None:
-        """Nothing is downloaded."""
 
     def build(self) -> Dict[str, AnnotatedDataset]:
         """The data sets of all splits.

@@ -8,14 +8,13 @@ from functools import lru_cache
 from typing import Any, Callable, Dict, List, Sequence
 
 import numpy as np
-from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.datasets.datasets.vqa_datasets import VQADataset
 from lavis.processors.blip_processors import BlipImageEvalProcessor
 from PIL import Image
 
+from lavis_kvmod.datasets.packaged import PackagedBuilder
 from lavis_kvmod.demo import digits
-from lavis_kvmod.paths import resource
 
 __all__ = [
     "DigitsCaptionBuilder",
@@ -151,23 +150,8 @@ def _pictures(split: str) -> np.ndarray:
     return pictures
 
 
-class _DigitsBuilder(BaseDatasetBuilder):
+class _DigitsBuilder(PackagedBuilder):
     """Builds the three splits; see `lavis_kvmod.demo.digits` for what is in them."""
-
-    @classmethod
-    def default_config_path(cls, type: str = "default") -> str:
-        """The absolute path of the configuration of that type.
-
-        Raises:
-            ValueError: for an unknown type.
-        """
-        if type not in cls.DATASET_CONFIG_DICT:
-            known = ", ".join(cls.DATASET_CONFIG_DICT)
-            raise ValueError(f"{cls.__name__}: expected a type of {known}; got {type!r}")
-        return str(resource(cls.DATASET_CONFIG_DICT[type]))
-
-    def _download_data(self) -> None:
-        """Nothing to download: scikit-learn ships the scans."""
 
     def build(self) -> Dict[str, _Digits]:
         """``train``, ``val`` and ``test``."""

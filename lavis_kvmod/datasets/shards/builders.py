@@ -3,10 +3,10 @@
 import logging
 from typing import Dict, List, Optional, Sequence
 
-from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy
+from lavis_kvmod.datasets.packaged import PackagedBuilder
 from lavis_kvmod.datasets.shards.counting import count_all
 from lavis_kvmod.datasets.shards.datasets import (
     SHUFFLE_BUFFER,
@@ -19,28 +19,15 @@ from lavis_kvmod.datasets.shards.datasets import (
 from lavis_kvmod.datasets.shards.files import Shard, damage_of, find_shards, read_answers
 from lavis_kvmod.datasets.shards.rows import CAPTION, VQA, Kind
 from lavis_kvmod.datasets.storage import strings
-from lavis_kvmod.paths import resource
 
 __all__ = ["WdsCaptionBuilder", "WdsVQABuilder"]
 
 
-class _ShardBuilder(BaseDatasetBuilder):
+class _ShardBuilder(PackagedBuilder):
     """Builds the splits named under ``build_info.annotations``."""
 
     kind: Kind
     target: str  # as of `AnnotationBuilder`
-
-    @classmethod
-    def default_config_path(cls, type: str = "default") -> str:
-        """The absolute path of the configuration of that type.
-
-        Raises:
-            ValueError: for an unknown type.
-        """
-        if type not in cls.DATASET_CONFIG_DICT:
-            known = ", ".join(cls.DATASET_CONFIG_DICT)
-            raise ValueError(f"{cls.__name__}: expected a type of {known}; got {type!r}")
-        return str(resource(cls.DATASET_CONFIG_DICT[type]))
 
     @classmethod
     def splits_given(cls, section: DictConfig) -> List[str]:
@@ -55,9 +42,6 @@ class _ShardBuilder(BaseDatasetBuilder):
         except BadDataError as error:
             return error.problems
         return []
-
-    def _download_data(self) -> None:
-        """Nothing is downloaded."""
 
     def find(self) -> Dict[str, List[Shard]]:
         """The shards of each split.
