@@ -18,7 +18,7 @@ from lavis_kvmod.datasets.checks import data_problems, keep_used_splits, kind_pr
 from lavis_kvmod.models.settings import ModelSettings, SettingsError
 from lavis_kvmod.paths import resolve_config
 from lavis_kvmod.plugin import use_cache_root
-from lavis_kvmod.precision import amp_problems
+from lavis_kvmod.precision import amp_problems, cuda_capability
 from lavis_kvmod.runners.settings import RUNNER_KEYS, runner_problems
 from lavis_kvmod.sharding import sharding_problems
 from lavis_kvmod.tasks.settings import RUN_KEYS, task_problems
@@ -211,12 +211,11 @@ def _run_problems(run: DictConfig, starts: bool) -> List[str]:
         device_type = torch.device(run.device).type
     except RuntimeError:
         return [f"run.device: expected cuda or cpu, got {run.device!r}"]
-    has_cuda = torch.cuda.is_available()
-    if device_type == "cuda" and not has_cuda:
+    capability = cuda_capability() if device_type == "cuda" else None
+    if device_type == "cuda" and capability is None:
         problems.append("run.device: cuda, but this machine (or this PyTorch) has no CUDA; set run.device: cpu")
     # torch.cuda.is_bf16_supported() also counts emulation, which is slow
-    has_bf16 = device_type == "cuda" and has_cuda and torch.cuda.get_device_capability() >= (8, 0)
-    problems += amp_problems(run.get("amp", False), device_type, has_bf16 or not has_cuda)
+    problems += amp_problems(run.get("amp", False), device_type, capability is None or capability >= (8, 0))
     problems += task_problems(run)
     for key in ("batch_size_train", "batch_size_eval", "max_epoch", "accum_grad_iters"):
         value = run.get(key, 1)

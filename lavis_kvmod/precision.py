@@ -5,7 +5,7 @@
 """
 
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 import torch
 
@@ -48,6 +48,11 @@ def frozen_dtype_on_cpu(stored: torch.dtype, has_bf16: bool) -> torch.dtype:
     if stored in (torch.float16, torch.bfloat16) and has_bf16:
         return torch.bfloat16
     return torch.float32
+
+
+def cuda_capability() -> Optional[Tuple[int, int]]:
+    """The compute capability of the GPU, or None where PyTorch finds none."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def amp_problems(amp, device_type: str, cuda_has_bf16: bool = True) -> List[str]:
