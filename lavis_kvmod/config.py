@@ -222,7 +222,9 @@ def _run_problems(run: DictConfig, starts: bool) -> List[str]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             problems.append(f"run.{key}: expected a whole number above 0, got {value!r}")
     if not isinstance(run.output_dir, str) or not run.output_dir:
-        problems.append(f"run.output_dir: expected the path of a folder, a number in quotes; got {run.output_dir!r}")
+        problems.append(
+            f"run.output_dir: expected the path of a folder (YAML wants a number in quotes), got {run.output_dir!r}"
+        )
     problems += runner_problems(OmegaConf.to_container(run, resolve=True)) + sharding_problems(run, starts)
     resume = run.get("resume_ckpt_path")
     if resume and resume != "auto":

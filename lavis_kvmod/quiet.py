@@ -1,4 +1,4 @@
-"""Warnings that tell a user nothing he could do anything about."""
+"""Warnings about which a user can do nothing."""
 
 import warnings
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, List, Optional, Sequence
 
 from lavis_kvmod.datasets.bad_samples import BadDataError
-from lavis_kvmod.datasets.storage import looked_for, stored
+from lavis_kvmod.datasets.storage import looked_for, places, stored
 
 __all__ = ["answer_list_problem", "checked_answers", "read_answer_list"]
 
@@ -25,7 +25,7 @@ def read_answer_list(storage: str) -> List[str]:
     """
     path = stored(storage)
     if not path.is_file():
-        raise BadDataError(f"no file {looked_for(storage)}")
+        raise BadDataError(f"no file {looked_for(places(storage))}")
     return checked_answers(_read(path), str(path))
 
 

@@ -23,7 +23,7 @@ from lavis_kvmod.datasets.cells import has_words
 from lavis_kvmod.datasets.image_folders import ImageFolders, MissingImageError
 from lavis_kvmod.datasets.images import BadImageError
 from lavis_kvmod.datasets.packaged import PackagedBuilder
-from lavis_kvmod.datasets.storage import looked_for, stored, strings
+from lavis_kvmod.datasets.storage import looked_for, places, stored, strings
 
 __all__ = ["AnnotationBuilder", "CaptionBuilder", "VQABuilder"]
 
@@ -156,10 +156,10 @@ class AnnotationBuilder(PackagedBuilder):
         roots = strings((self.config.build_info.get(self.data_type) or {}).get("storage"))
         if not roots:
             raise BadDataError(f"{key}: not set; set it to the folder of the images, or to a list of folders")
-        missing = [looked_for(root) for root in roots if not stored(root).is_dir()]
+        missing = [looked_for(places(root)) for root in roots if not stored(root).is_dir()]
         if missing:
             how = f"{self.images_from}, or " if self.images_from else ""
-            raise BadDataError([f"no folder {places} (images); {how}set {key} to yours" for places in missing])
+            raise BadDataError([f"no folder {path} (images); {how}set {key} to yours" for path in missing])
         return ImageFolders([stored(root) for root in roots])
 
     def _check(self, split: str, rows: Sequence[Annotation], policy: BadSamplePolicy) -> List[Annotation]:

@@ -15,7 +15,7 @@ from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.builder import AnnotationBuilder, CaptionBuilder, Splits, VQABuilder
 from lavis_kvmod.datasets.cells import first, read_id, read_text, read_texts, read_weight
 from lavis_kvmod.datasets.splits import DEFAULT_SEED, split_by_image, split_problems
-from lavis_kvmod.datasets.storage import looked_for, stored, strings
+from lavis_kvmod.datasets.storage import looked_for, places, stored, strings
 from lavis_kvmod.datasets.tables import Row, Table, read_table
 
 __all__ = ["CustomCaptionBuilder", "CustomVQABuilder"]
@@ -169,9 +169,9 @@ class _CustomBuilder(AnnotationBuilder):
             key = f"build_info.annotations.{split}.storage"
             if not names:
                 problems.append(f"{key}: not set; set it to the annotation file, or to a list of files")
-            missing = [looked_for(name) for name in names if not stored(name).is_file()]
+            missing = [looked_for(places(name)) for name in names if not stored(name).is_file()]
             how = f"{self.files_from}, or " if self.files_from else ""
-            problems += [f"no file {places} (annotations of {split}); {how}set {key} to yours" for places in missing]
+            problems += [f"no file {path} (annotations of {split}); {how}set {key} to yours" for path in missing]
         if not files:
             problems.append(
                 "build_info.annotations: names no file; set build_info.annotations.train.storage to the annotation file"

@@ -9,13 +9,14 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Opt
 
 from lavis_kvmod.datasets.annotated import Annotation
 from lavis_kvmod.datasets.bad_samples import BadDataError
-from lavis_kvmod.datasets.storage import looked_for, stored
+from lavis_kvmod.datasets.storage import looked_for, places, stored
 
 __all__ = [
     "BenchmarkFile",
     "answer_text",
     "answers_of",
     "entries",
+    "entries_in",
     "image_path",
     "paths_of",
     "read_json",
@@ -58,7 +59,7 @@ class BenchmarkFile(NamedTuple):
             return f"{self.what}: {self.key} is not set; set it to the path of the file"
         if self.path.is_file():
             return None
-        here = f"{self.what}: no file {looked_for(self.storage)}"
+        here = f"{self.what}: no file {looked_for(places(self.storage))}"
         if self.url is None:
             return f"{here}; set {self.key} to yours"
         put = "unpack" if self.url.endswith((".zip", ".tar.gz", ".tgz")) else "put"
@@ -108,7 +109,11 @@ def entries(path: Path, key: str, object_hook: Optional[Callable] = None) -> Lis
     Raises:
         BadDataError: if it has another layout, telling which.
     """
-    content = read_json(path, object_hook)
+    return entries_in(read_json(path, object_hook), path, key)
+
+
+def entries_in(content: Any, path: Path, key: str) -> List[Dict[str, Any]]:
+    """`entries`, of what has been read from ``path``."""
     found = content.get(key) if isinstance(content, dict) else None
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         got = f"an object with {', '.join(map(repr, content)) or 'nothing'}" if isinstance(content, dict) else "a list"

@@ -25,9 +25,9 @@ def first_existing(candidates: Sequence[Path]) -> Path:
     return next((place for place in candidates if place.exists()), candidates[-1])
 
 
-def looked_for(storage: str) -> str:
+def looked_for(candidates: Sequence[Path]) -> str:
     """The `places`, for the message that there is nothing: "A nor B"."""
-    return " nor ".join(map(str, places(storage)))
+    return " nor ".join(map(str, candidates))
 
 
 def strings(value: Any) -> List[str]:

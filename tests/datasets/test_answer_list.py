@@ -5,6 +5,7 @@ import pytest
 
 from lavis_kvmod.config import ConfigurationError, load_config
 from lavis_kvmod.datasets.answer_list import read_answer_list
+from lavis_kvmod.datasets.builder import VQABuilder
 
 
 def test_json_and_text(tmp_path, caplog):
@@ -41,3 +42,8 @@ def test_caption_metrics_are_checked_too():
     with pytest.raises(ConfigurationError, match="run.caption_metrics: expected a list of Bleu, METEOR") as caught:
         load_config("projects/kvmod/demo_caption.yaml", ["run.caption_metrics=[CIDER]", "run.valid_loss=3"])
     assert "run.valid_loss: expected true or false, got 3" in str(caught.value)
+
+
+def test_an_empty_answer_is_no_candidate():
+    rows = [{"answer": ["red", "", " red "]}, {"answer": ["blue"]}]
+    assert VQABuilder.answer_list(None, {"train": rows}) == ["red", "blue"]

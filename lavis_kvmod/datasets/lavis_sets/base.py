@@ -1,7 +1,7 @@
 """What our readers of LAVIS's benchmark files share."""
 
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Set
+from typing import Any, Dict, List, Optional, Sequence
 
 from omegaconf import DictConfig
 
@@ -12,7 +12,7 @@ from lavis_kvmod.datasets.image_folders import ImageFolders
 from lavis_kvmod.datasets.lavis_sets.files import annotation_files, image_folder_problems
 from lavis_kvmod.datasets.official import read_json
 
-__all__ = ["COCO_IMAGES", "LavisFilesBuilder", "SPLITS", "VG_IMAGES", "read_rows"]
+__all__ = ["COCO_IMAGES", "LavisFilesBuilder", "SPLITS", "VG_IMAGES", "read_rows", "rows_in"]
 
 COCO_IMAGES = (
     "get train2014.zip, val2014.zip and test2015.zip of http://images.cocodataset.org/zips/, unpack them there"
@@ -28,11 +28,6 @@ class LavisFilesBuilder(AnnotationBuilder):
     """Reads ``build_info.annotations.<split>.storage``, one file or several, as LAVIS does."""
 
     optional_files: Sequence[int] = ()  # see `annotation_files`
-
-    @classmethod
-    def splits_read(cls, section: DictConfig, used: Set[str], ranks: bool = False) -> Set[str]:
-        """The splits whose files are needed for a run that uses ``used``."""
-        return used
 
     @classmethod
     def splits_given(cls, section: DictConfig) -> List[str]:
@@ -91,7 +86,11 @@ class LavisFilesBuilder(AnnotationBuilder):
 
 def read_rows(path: Path) -> List[Annotation]:
     """The rows of a file of LAVIS's: a JSON list of objects."""
-    rows = read_json(path)
+    return rows_in(read_json(path), path)
+
+
+def rows_in(rows: Any, path: Path) -> List[Annotation]:
+    """`read_rows`, of what has been read from ``path``."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise BadDataError(f"{path}: expected a list of objects, [{{…}}, …]")
     return [{**row, "source": f"{path.name}, row {number}"} for number, row in enumerate(rows)]

@@ -8,8 +8,8 @@ from typing import Any, Dict, List
 from lavis_kvmod.datasets.annotated import Annotation
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.builder import CaptionBuilder
-from lavis_kvmod.datasets.lavis_sets.base import COCO_IMAGES, VG_IMAGES, LavisFilesBuilder, read_rows
-from lavis_kvmod.datasets.official import entries, read_json
+from lavis_kvmod.datasets.lavis_sets.base import COCO_IMAGES, VG_IMAGES, LavisFilesBuilder, rows_in
+from lavis_kvmod.datasets.official import entries_in, read_json
 
 __all__ = ["COCOCaption", "NoCaps", "VGCaption"]
 
@@ -29,8 +29,11 @@ class COCOCaption(LavisFilesBuilder, CaptionBuilder):
         """Rows with their captions as a list, and COCO's image id."""
         rows = []
         for path in paths:
-            whole = isinstance(read_json(path), dict)
-            rows += _karpathy_images(path, split) if whole else [_captioned(row) for row in read_rows(path)]
+            content = read_json(path)
+            if isinstance(content, dict):
+                rows += _karpathy_images(content, path, split)
+            else:
+                rows += [_captioned(row) for row in rows_in(content, path)]
         return rows
 
 
@@ -40,11 +43,11 @@ class VGCaption(COCOCaption):
     images_from = VG_IMAGES
 
 
-def _karpathy_images(path: Path, split: str) -> List[Annotation]:
+def _karpathy_images(content: Dict[str, Any], path: Path, split: str) -> List[Annotation]:
     """A split's images in Karpathy's own file (A. Karpathy, L. Fei-Fei, arXiv 1412.2306)."""
     needed = ("filepath", "filename", "cocoid", "sentences", "split")
     rows = []
-    for number, entry in enumerate(entries(path, "images")):
+    for number, entry in enumerate(entries_in(content, path, "images")):
         missing = [name for name in needed if name not in entry]
         if missing:
             raise BadDataError(f"{path}: entry {number} of 'images' has no {', '.join(missing)}")
@@ -84,10 +87,11 @@ class NoCaps(LavisFilesBuilder, CaptionBuilder):
         """The images of LAVIS's list, or of the official file, with the captions of the latter."""
         listed, official = [], {}
         for path in paths:
-            if isinstance(read_json(path), dict):
-                official.update(_nocaps_images(path))
+            content = read_json(path)
+            if isinstance(content, dict):
+                official.update(_nocaps_images(content, path))
             else:
-                listed += [{**_captioned(row), "image_id": row.get("img_id")} for row in read_rows(path)]
+                listed += [{**_captioned(row), "image_id": row.get("img_id")} for row in rows_in(content, path)]
         if not listed:
             return list(official.values())
         lost = [row["image_id"] for row in listed if official and row["image_id"] not in official]
@@ -96,12 +100,12 @@ class NoCaps(LavisFilesBuilder, CaptionBuilder):
         return [{**official.get(row["image_id"], {}), **row} for row in listed]
 
 
-def _nocaps_images(path: Path) -> Dict[Any, Annotation]:
+def _nocaps_images(content: Dict[str, Any], path: Path) -> Dict[Any, Annotation]:
     captions = defaultdict(list)
-    for entry in entries(path, "annotations") if "annotations" in read_json(path) else ():
+    for entry in entries_in(content, path, "annotations") if "annotations" in content else ():
         captions[entry["image_id"]].append(entry["caption"])
     images = {}
-    for entry in entries(path, "images"):
+    for entry in entries_in(content, path, "images"):
         images[entry["id"]] = {
             "image": entry["file_name"],
             "image_id": entry["id"],

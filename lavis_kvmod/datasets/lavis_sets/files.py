@@ -11,7 +11,7 @@ from torch.hub import download_url_to_file
 
 from lavis_kvmod.checkpoints import whole_or_nothing
 from lavis_kvmod.datasets.bad_samples import BadDataError
-from lavis_kvmod.datasets.storage import first_existing, places, strings
+from lavis_kvmod.datasets.storage import first_existing, looked_for, places, strings
 from lavis_kvmod.weights import WeightFile
 
 __all__ = ["AnnotationFile", "annotation_files", "image_folder_problems"]
@@ -56,7 +56,7 @@ class AnnotationFile:
             source = (
                 f", and {self.url} cannot be had; get it elsewhere and put it there," if self.url else "; put it there,"
             )
-            return f"{self.split}: no file {' nor '.join(map(str, self.places))}{source} or set {key} to yours"
+            return f"{self.split}: no file {looked_for(self.places)}{source} or set {key} to yours"
         folder = next(folder for folder in self.path.parents if folder.exists())
         if not os.access(folder, os.W_OK):
             return f"{self.split}: {self.url} would be put at {self.path}, but {folder} cannot be written to; {_MOVE}"
@@ -113,6 +113,6 @@ def image_folder_problems(section: DictConfig, images_from: str = "", places: Pl
     """
     key = f"build_info.{section.data_type}.storage"
     roots = strings((section.build_info.get(section.data_type) or {}).get("storage"))
-    missing = [" nor ".join(map(str, places(root))) for root in roots if not any(p.exists() for p in places(root))]
+    missing = [looked_for(places(root)) for root in roots if not any(p.exists() for p in places(root))]
     how = f"{images_from}, or " if images_from else ""
     return [f"no folder {path} ({section.data_type}); {how}set {key} to yours" for path in missing]

@@ -8,7 +8,7 @@ from lavis_kvmod.datasets.annotated import Annotation
 from lavis_kvmod.datasets.answer_list import read_answer_list
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.builder import Splits
-from lavis_kvmod.datasets.lavis_sets.base import COCO_IMAGES, VG_IMAGES, LavisFilesBuilder, read_rows
+from lavis_kvmod.datasets.lavis_sets.base import COCO_IMAGES, VG_IMAGES, LavisFilesBuilder, read_rows, rows_in
 from lavis_kvmod.datasets.lavis_sets.files import annotation_files
 from lavis_kvmod.datasets.official import answer_text, answers_of, entries, read_json
 from lavis_kvmod.datasets.vqa_benchmark import BenchmarkVQABuilder, BenchmarkVQAEvalData
@@ -142,7 +142,7 @@ class GQA(LavisVQABuilder):
         """LAVIS's rows, or the official ones in the same form, with their structural type."""
         content = read_json(path)
         if not isinstance(content, dict):
-            return super().rows(path)
+            return rows_in(content, path)
         return [
             {
                 "image": f"{entry.get('imageId')}.jpg",

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -359,3 +360,25 @@ def test_an_index_of_another_kind_or_that_cannot_be_read(vqa_shards):
     assert "its version is 9, expected 1" in problems(val=folder)
     index.write_text("{")
     assert "expected the index that lavis-kvmod pack writes" in problems(val=folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry", "message"),
+    [
+        (VQA, {"question": "...", "answer": "red"}, "expected a question"),
+        (VQA, {"question": "a \ud83d", "answer": "red"}, "half a character"),
+        (VQA, {"question": "what?", "answer": "\ud83d"}, "half a character"),
+        (VQA, {"question": "what?", "answer": "red", "weight": math.nan}, "weight: expected"),
+        (VQA, {"question": "what?", "answer": "red", "weight": -1}, "weight: expected"),
+        (VQA, {"question": "what?", "answer": ["red", "blue"], "weight": [0, 0]}, "all its weights are 0"),
+        (CAPTION, {"caption": "!!!"}, "captions is empty"),
+    ],
+)
+def test_an_entry_of_a_shard_that_no_model_can_take(kind, entry, message):
+    with pytest.raises(ValueError, match=message):
+        kind.parse(entry, None)
+
+
+def test_a_brace_without_its_other_half_is_a_config_problem():
+    with pytest.raises(BadDataError, match="brace without its other half"):
+        find_shards(["train-{000..003.tar"])

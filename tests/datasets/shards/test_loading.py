@@ -9,9 +9,11 @@ import sys
 import pytest
 import torch
 from lavis.processors.blip_processors import BlipImageEvalProcessor, BlipImageTrainProcessor, BlipQuestionProcessor
+from omegaconf import OmegaConf
 
 from lavis_kvmod.datasets.bad_samples import BadSamplePolicy
 from lavis_kvmod.datasets.shards import datasets, stream
+from lavis_kvmod.datasets.shards.builders import _patterns
 from lavis_kvmod.datasets.shards.counting import write_indices
 from lavis_kvmod.datasets.shards.datasets import WdsVQAEvalData, WdsVQATrainData
 from lavis_kvmod.datasets.shards.files import find_shards
@@ -358,3 +360,9 @@ def test_annotators_without_an_answer_keep_the_weights_of_the_others(write_shard
     (batch,) = data.make_loader(batch_size=2)
     assert batch["answer"] == ["x", "y"] * 2 and batch["n_answers"].tolist() == [2, 2]
     assert batch["weight"].tolist() == pytest.approx([0.25, 0.5, 0.5, 0.2])
+
+
+def test_shards_of_a_split_may_be_named_bare():
+    annotations = {"train": "a.tar", "val": ["b.tar", "c.tar"], "test": {"storage": "d.tar"}}
+    section = OmegaConf.create({"build_info": {"annotations": annotations}})
+    assert _patterns(section) == {"train": ["a.tar"], "val": ["b.tar", "c.tar"], "test": ["d.tar"]}
