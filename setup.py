@@ -39,7 +39,7 @@ class BuildWithHookAndConfigs(build_py):
     The hook goes beside the package, since `.pth` files are read only from site-packages. As part
     of the build it is listed in RECORD, so that uninstalling removes it. `configs/` and `projects/`
     stand at the root, as in LAVIS, and go inside the package; an editable install reads them at the
-    root instead (see `lavis_kvmod/paths.py`).
+    root instead (see `lavis_kvmod/system/paths.py`).
     """
 
     def run(self):
@@ -76,7 +76,7 @@ setup(
     packages=find_packages(include=["lavis_kvmod", "lavis_kvmod.*"]),
     package_data={"lavis_kvmod": ["py.typed"]},
     cmdclass={"build_py": BuildWithHookAndConfigs},
-    entry_points={"console_scripts": ["lavis-kvmod = lavis_kvmod.cli:main"]},
+    entry_points={"console_scripts": ["lavis-kvmod = lavis_kvmod.commands.cli:main"]},
     install_requires=[
         "salesforce-lavis==1.0.2",
         "numpy<2",  # LAVIS's opencv-python-headless 4.5.5.64 was built for NumPy 1

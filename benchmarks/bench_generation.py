@@ -9,7 +9,7 @@ import time
 import torch
 from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTForCausalLM
 
-from lavis_kvmod.models.backbones import FrozenOPT
+from lavis_kvmod.models.language.opt import FrozenOPT
 
 BATCH, BEAMS, NEW_TOKENS, QUERIES, RUNS = 8, 5, 20, 32, 3
 

@@ -59,7 +59,7 @@ def main():
     finally:
         if not args.files:
             shutil.rmtree(folder)
-    from lavis_kvmod.precision import cpu_has_bf16
+    from lavis_kvmod.system.precision import cpu_has_bf16
 
     results = {
         "cpu_bf16": cpu_has_bf16(),
@@ -193,9 +193,9 @@ def measure_conversions(folder: Path, env):
 
 
 def measure_conversion(arguments):
-    import lavis_kvmod.conversion.command  # noqa: F401  (what it imports is the program's own memory)
-    from lavis_kvmod.cli import main as lavis_kvmod
-    from lavis_kvmod.progress import resident_peak_gib
+    import lavis_kvmod.commands.convert  # noqa: F401  (what it imports is the program's own memory)
+    from lavis_kvmod.commands.cli import main as lavis_kvmod
+    from lavis_kvmod.system.progress import resident_peak_gib
 
     before = resident_peak_gib()
     lavis_kvmod(["convert", *arguments])
@@ -208,7 +208,7 @@ def measure_ours():
     from lavis.models import load_model_and_preprocess
     from PIL import Image
 
-    from lavis_kvmod.progress import resident_peak_gib
+    from lavis_kvmod.system.progress import resident_peak_gib
 
     start = time.perf_counter()
     model, vis, _ = load_model_and_preprocess("blip2_opt_kvmod", is_eval=True, device="cpu")
@@ -242,7 +242,7 @@ def measure_stock():
         setattr(stock, name, part)
     stock.Qformer = stock_qformer(ours)
     stock.opt_tokenizer, stock.prompt, stock.max_txt_len = ours.opt_tokenizer, "", 32
-    from lavis_kvmod.progress import resident_peak_gib
+    from lavis_kvmod.system.progress import resident_peak_gib
 
     image = torch.randn(1, 3, 224, 224)
     report(stock.eval(), image, resident_peak_gib())

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import GPT2Tokenizer
 
 from lavis_kvmod import Blip2OPTKVMod
-from lavis_kvmod.models.text import prompt_batch
+from lavis_kvmod.models.language.text import prompt_batch
 
 LIMIT = 1e-4  # largest difference of a logit
 NEW_TOKENS = 12

@@ -10,13 +10,13 @@ from lavis_kvmod._version import __version__
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from lavis_kvmod.models.blip2_opt_kvmod import Blip2OPTKVMod
-    from lavis_kvmod.models.kv_prefix import KVPrefixGenerator
+    from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
 
 __all__ = ["Blip2OPTKVMod", "KVPrefixGenerator", "__version__"]
 
 _LAZY = {
     "Blip2OPTKVMod": "lavis_kvmod.models.blip2_opt_kvmod",
-    "KVPrefixGenerator": "lavis_kvmod.models.kv_prefix",
+    "KVPrefixGenerator": "lavis_kvmod.models.connectors.kv_prefix",
 }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from lavis_kvmod.cli import main
+from lavis_kvmod.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

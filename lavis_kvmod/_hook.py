@@ -16,7 +16,7 @@ import os
 import sys
 
 _OFF = "LAVIS_KVMOD_DISABLE"
-_COMMANDS = {"lavis.train": "train.py", "lavis.evaluate": "evaluate.py"}
+_COMMANDS = {"lavis.train": "commands/train.py", "lavis.evaluate": "commands/evaluate.py"}
 
 
 def disabled():

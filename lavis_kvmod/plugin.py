@@ -9,7 +9,7 @@ import os
 import sys
 from importlib import import_module
 
-from lavis_kvmod.paths import absolute
+from lavis_kvmod.system.paths import absolute
 
 _CACHE_ROOT = "LAVIS_CACHE_ROOT"
 

@@ -176,12 +176,12 @@ def build(model_config):
 @pytest.fixture()
 def stock(files):
     """LAVIS's own Blip2OPT with the same weights, on the CPU."""
-    from lavis_kvmod import checkpoints
+    from lavis_kvmod.weights import reading
 
     torch.manual_seed(0)
     model = SmallBlip2OPT(opt_model=str(files.opt), num_query_token=QUERIES).float()
-    model.visual_encoder.load_state_dict(checkpoints.read_weights(files.vit))
-    model.load_state_dict(checkpoints.read_weights(files.blip2), strict=False)
+    model.visual_encoder.load_state_dict(reading.read_weights(files.vit))
+    model.load_state_dict(reading.read_weights(files.blip2), strict=False)
     return model
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from lavis_kvmod.config import ConfigurationError, load_config
+from lavis_kvmod.commands.evaluate import evaluate
+from lavis_kvmod.commands.launch import build_runner
+from lavis_kvmod.commands.train import train
+from lavis_kvmod.config.loading import ConfigurationError, load_config
 from lavis_kvmod.datasets.lavis_sets import builder_class
-from lavis_kvmod.evaluate import evaluate
-from lavis_kvmod.launch import build_runner
-from lavis_kvmod.train import train
 
 IMAGE = {"name": "blip_image_eval", "image_size": 28}
 BALANCED = {"type": "balanced_testdev"}

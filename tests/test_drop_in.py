@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lavis_kvmod import checkpoints
-from lavis_kvmod.evaluate import evaluate
+from lavis_kvmod.commands.evaluate import evaluate
+from lavis_kvmod.commands.train import train
 from lavis_kvmod.plugin import set_registry_path
-from lavis_kvmod.train import train
+from lavis_kvmod.weights import files as checkpoints
+from lavis_kvmod.weights import reading
 
 PROJECTS = Path(lavis.__file__).parent / "projects" / "blip2"
 RUN_FILES = sorted(p for p in PROJECTS.rglob("*.yaml") if "arch: blip2_opt" in p.read_text())
@@ -113,7 +114,7 @@ def test_captioning_files_of_the_wheel(name, small, cache, tmp_path, finetuned):
 def test_stage_2_from_a_stage_1_checkpoint(small, cache, tmp_path, build, files):
     """A stage-1 file has a text side and no projection; what BLIP-2 OPT does not have is left out."""
     (path,) = [p for p in RUN_FILES if p.stem == "pretrain_stage2"]
-    state = checkpoints.read_weights(files.blip2)
+    state = reading.read_weights(files.blip2)
     stage_1 = {key: value for key, value in state.items() if not key.startswith("opt_proj.")}
     for key, value in state.items():
         if "_query" in key:

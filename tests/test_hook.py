@@ -78,7 +78,7 @@ def test_the_environment_turns_it_off(python, value, expected):
 
 def test_activation_comes_once_and_after_lavis_is_whole(python, lavis):
     lavis()
-    code = "import lavis; import lavis; import lavis_kvmod.paths; print(calls)"
+    code = "import lavis; import lavis; import lavis_kvmod.system.paths; print(calls)"
     assert python(RECORD + code) == "[True]"
 
 
@@ -159,7 +159,7 @@ def test_a_failing_plugin_does_not_break_lavis_where_warnings_are_errors(python,
 def test_commands_that_lavis_lacks_are_ours(python, lavis, command):
     lavis()
     code = f"import importlib.util; print(importlib.util.find_spec('lavis.{command}').origin)"
-    assert Path(python(RECORD + code)) == ROOT / "lavis_kvmod" / f"{command}.py"
+    assert Path(python(RECORD + code)) == ROOT / "lavis_kvmod" / "commands" / f"{command}.py"
 
 
 def test_commands_that_lavis_has_are_its_own(python, lavis, tmp_path):

@@ -47,7 +47,7 @@ facts = {
     "train": command_help("lavis.train"),
     "evaluate": command_help("lavis.evaluate"),
 }
-from lavis_kvmod import paths
+from lavis_kvmod.system import paths
 facts["package"] = paths.__file__
 facts["model config"] = str(paths.resource("configs/models/blip2_opt_kvmod/demo.yaml"))
 facts["run file"] = str(paths.resolve_config("projects/kvmod/vqa.yaml"))

@@ -9,7 +9,7 @@ import pytest
 
 from lavis_kvmod.models.blip2_opt_kvmod import Blip2OPTKVMod
 from lavis_kvmod.models.settings import ModelSettings
-from lavis_kvmod.paths import resolve_config
+from lavis_kvmod.system.paths import resolve_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -103,7 +103,7 @@ class AnnotationBuilder(PackagedBuilder):
 
     @classmethod
     def config_problems(cls, section: DictConfig) -> List[str]:
-        """All that is wrong with a data set's section and the files it names; `lavis_kvmod.config` asks."""
+        """All that is wrong with a data set's section and the files it names; `lavis_kvmod.config.loading` asks."""
         cls._prepared = None
         try:
             cls._prepared = (OmegaConf.to_yaml(section), cls(section).prepare())

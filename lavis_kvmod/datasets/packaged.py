@@ -2,7 +2,7 @@
 
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 
-from lavis_kvmod.paths import resource
+from lavis_kvmod.system.paths import resource
 
 __all__ = ["PackagedBuilder"]
 

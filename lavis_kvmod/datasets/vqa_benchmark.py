@@ -5,9 +5,9 @@ import logging
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence
 
-from lavis_kvmod.checkpoints import whole_or_nothing
 from lavis_kvmod.datasets.annotated import Annotation, Sample, VQAEvalData, VQATrainData
 from lavis_kvmod.datasets.builder import Problem, VQABuilder
+from lavis_kvmod.weights.files import whole_or_nothing
 
 __all__ = ["BenchmarkVQABuilder", "BenchmarkVQAEvalData", "BenchmarkVQATrainData"]
 

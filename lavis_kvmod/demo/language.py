@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import GPT2Tokenizer, OPTConfig
 
 from lavis_kvmod.demo import digits
-from lavis_kvmod.progress import Progress
+from lavis_kvmod.system.progress import Progress
 
 __all__ = ["PROMPTS", "LanguageRecipe", "accuracy", "opt_config", "save_tokenizer", "train_language_model"]
 

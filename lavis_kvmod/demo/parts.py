@@ -25,7 +25,7 @@ from transformers import OPTConfig
 
 from lavis_kvmod.demo.language import LanguageRecipe, opt_config, train_language_model
 from lavis_kvmod.demo.vision import VisionRecipe, train_vision_encoder
-from lavis_kvmod.paths import cache_dir
+from lavis_kvmod.system.paths import cache_dir
 
 __all__ = [
     "DEMO",

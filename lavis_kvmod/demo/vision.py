@@ -17,7 +17,7 @@ from lavis.processors.blip_processors import BlipImageBaseProcessor
 from torch import Tensor, nn
 
 from lavis_kvmod.demo import digits
-from lavis_kvmod.progress import Progress
+from lavis_kvmod.system.progress import Progress
 
 __all__ = [
     "LuminanceVisionTransformer",

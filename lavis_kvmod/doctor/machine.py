@@ -53,7 +53,7 @@ def look() -> Machine:
     """
     import torch
 
-    from lavis_kvmod.precision import cpu_has_bf16
+    from lavis_kvmod.system.precision import cpu_has_bf16
 
     gpus = []
     if torch.cuda.is_available():
@@ -161,7 +161,7 @@ def nearest(path: Path) -> Path:
 
 def places() -> List[Finding]:
     """The folders that everything lies in."""
-    from lavis_kvmod.paths import cache_dir
+    from lavis_kvmod.system.paths import cache_dir
 
     found = []
     registry = getattr(sys.modules.get("lavis.common.registry"), "registry", None)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from lavis_kvmod.memory.fake import autocast, fake_device
 from lavis_kvmod.memory.ledger import Ledger
 from lavis_kvmod.models.blip2_opt_kvmod import Blip2OPTKVMod
-from lavis_kvmod.models.soft_prompt import full_mask, token_losses
-from lavis_kvmod.models.text import TextBatch
-from lavis_kvmod.precision import amp_dtype
+from lavis_kvmod.models.language.soft_prompt import full_mask, token_losses
+from lavis_kvmod.models.language.text import TextBatch
+from lavis_kvmod.system.precision import amp_dtype
 
 ADAMW_STATES = 2  # two running means a trained parameter
 BATCH = "batch and loss"
@@ -79,7 +79,7 @@ def estimate(
             caption; in inference the prompt.
         target_length: how many of them have a loss (training); all by default.
         train: a training step with AdamW; False generates.
-        amp: ``run.amp``, as `lavis_kvmod.precision` takes it.
+        amp: ``run.amp``, as `lavis_kvmod.system.precision` takes it.
         num_beams, new_tokens: of generation.
         answers: rows in the language model for each image: 1, or the answers of a question with ``answer_loss: all``.
         optimizer: count AdamW's states in inference too, as when a training run evaluates.
@@ -133,7 +133,7 @@ def _on_device(model: Blip2OPTKVMod, device: str) -> Blip2OPTKVMod:
 
 def _weights(model: Blip2OPTKVMod, shards: int) -> Tuple[Dict[str, int], int]:
     """Bytes of the weights by part; and, where the language model is sharded, of the whole layers that a GPU holds
-    beside its share: the one that runs and the next, which is fetched meanwhile (`lavis_kvmod.sharding`)."""
+    beside its share: the one that runs and the next, which is fetched meanwhile (`lavis_kvmod.system.sharding`)."""
     weights = {row.part: row.bytes for row in model.parts()}
     weights["buffers"] = _bytes(model.buffers())
     if shards == 1:

@@ -19,23 +19,12 @@ from lavis.models.blip2_models.blip2 import Blip2Base
 from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
-from lavis_kvmod import checkpoints, weights
-from lavis_kvmod.models.auxiliary import AuxiliaryEncoder, build_auxiliary_encoder
-from lavis_kvmod.models.backbones import (
-    FrozenOPT,
-    build_language_model,
-    build_vision_encoder,
-    interpolate_positions,
-)
+from lavis_kvmod.models.connectors.kv_prefix import KVPrefix, KVPrefixGenerator
+from lavis_kvmod.models.connectors.qformer import QFormer, QFormerOutput
 from lavis_kvmod.models.empty import empty_weights
-from lavis_kvmod.models.feature_cache import FrozenFeatureCache, FrozenFeatures
-from lavis_kvmod.models.kv_prefix import KVPrefix, KVPrefixGenerator
-from lavis_kvmod.models.optimizer_groups import optimizer_groups
-from lavis_kvmod.models.parts import PartSummary, summarise
-from lavis_kvmod.models.qformer import QFormer, QFormerOutput
-from lavis_kvmod.models.settings import ANSWER_LOSSES, PREFIX_GATES, ModelSettings
-from lavis_kvmod.models.soft_prompt import ScoredAnswer, continue_texts, rank_answers, score, token_losses
-from lavis_kvmod.models.text import (
+from lavis_kvmod.models.language.opt import FrozenOPT, build_language_model
+from lavis_kvmod.models.language.soft_prompt import ScoredAnswer, continue_texts, rank_answers, score, token_losses
+from lavis_kvmod.models.language.text import (
     QUESTION,
     Prompt,
     answer_batch,
@@ -43,8 +32,15 @@ from lavis_kvmod.models.text import (
     one_each,
     question_contexts,
 )
-from lavis_kvmod.paths import resource
-from lavis_kvmod.precision import cpu_has_bf16, frozen_dtype_on_cpu
+from lavis_kvmod.models.optimizer_groups import optimizer_groups
+from lavis_kvmod.models.parts import PartSummary, summarise
+from lavis_kvmod.models.settings import ANSWER_LOSSES, PREFIX_GATES, ModelSettings
+from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder, build_auxiliary_encoder
+from lavis_kvmod.models.vision.encoders import build_vision_encoder, interpolate_positions
+from lavis_kvmod.models.vision.feature_cache import FrozenFeatureCache, FrozenFeatures
+from lavis_kvmod.system.paths import resource
+from lavis_kvmod.system.precision import cpu_has_bf16, frozen_dtype_on_cpu
+from lavis_kvmod.weights import files, finding, reading
 
 # What stage 1 of BLIP-2 trains beside the Q-Former's query side (lavis/models/blip2_models/blip2_qformer.py).
 _STAGE_1_ONLY = re.compile(
@@ -512,7 +508,7 @@ class Blip2OPTKVMod(Blip2Base):
 
     # ------------------------------------------------------------ weights
 
-    def load_checkpoint(self, url_or_filename: str) -> checkpoints.LoadReport:
+    def load_checkpoint(self, url_or_filename: str) -> reading.LoadReport:
         """Load a BLIP-2 checkpoint: LAVIS's or ours (``.pth``, ``.safetensors``), or a Hugging Face folder.
 
         It must hold all that is trained here. What may be missing, each as a whole: a frozen tower (it comes from a
@@ -523,12 +519,12 @@ class Blip2OPTKVMod(Blip2Base):
         Raises:
             FileNotFoundError, CheckpointError: if it cannot be read, or listing the keys that do not fit.
         """
-        file = weights.WeightFile("checkpoint", str(url_or_filename), "the checkpoint argument").fetch()
-        return self._load_weights(checkpoints.read_weights(file), file)
+        file = finding.WeightFile("checkpoint", str(url_or_filename), "the checkpoint argument").fetch()
+        return self._load_weights(reading.read_weights(file), file)
 
     load_from_pretrained = load_checkpoint
 
-    def _load_weights(self, state: checkpoints.StateDict, source) -> checkpoints.LoadReport:
+    def _load_weights(self, state: files.StateDict, source) -> reading.LoadReport:
         """`load_checkpoint`, of what was read from ``source``."""
         state = self._at_image_size(self._within_vocabulary(state))
         groups = ["visual_encoder.", "opt_model.", "aux_encoder.", "kv_"]
@@ -540,20 +536,20 @@ class Blip2OPTKVMod(Blip2Base):
         absent = tuple(g for g in groups if not any(key.startswith(g) for key in state))
         may_lack = {key for key in self.state_dict() if key.startswith(absent)}
         may_lack |= {name for name, _ in self.named_buffers()}
-        report = checkpoints.load_weights(self, state, source=source, may_lack=may_lack)
+        report = reading.load_weights(self, state, source=source, may_lack=may_lack)
         self._ln_vision_loaded = True
         if self.feature_cache is not None:
             self.feature_cache.clear()
         logging.info("loaded checkpoint %s", source)
         return report
 
-    def _within_vocabulary(self, state: checkpoints.StateDict) -> checkpoints.StateDict:
+    def _within_vocabulary(self, state: files.StateDict) -> files.StateDict:
         """``state`` with OPT's embeddings cut to this model's rows: Hugging Face adds some, for an image token."""
         rows = self.opt_model.get_input_embeddings().num_embeddings
         of_opt = ("opt_model.model.decoder.embed_tokens.weight", "opt_model.lm_head.weight")
         return {key: value[:rows] if key in of_opt else value for key, value in state.items()}
 
-    def _at_image_size(self, state: checkpoints.StateDict) -> checkpoints.StateDict:
+    def _at_image_size(self, state: files.StateDict) -> files.StateDict:
         """``state`` with the ViT's position embedding, if it holds one, brought to this model's image size."""
         vit = {
             key[len("visual_encoder.") :]: value for key, value in state.items() if key.startswith("visual_encoder.")
@@ -582,7 +578,7 @@ class Blip2OPTKVMod(Blip2Base):
             MissingWeightsError: listing all weights that cannot be had, before any is loaded.
         """
         settings = ModelSettings.from_config(cfg)
-        weights.require(settings.weight_files())
+        finding.require(settings.weight_files())
         model = cls._assemble(settings)
         model._load_named_checkpoint(settings)
         return model
@@ -670,7 +666,7 @@ class Blip2OPTKVMod(Blip2Base):
             logging.info("no checkpoint named: the Q-Former starts from random weights")
             return
         file = checkpoint.fetch()
-        state = checkpoints.read_weights(file)
+        state = reading.read_weights(file)
         has_ln_vision = self._ln_vision_loaded or any(key.startswith("ln_vision.") for key in state)
         if settings.load_finetuned and settings.pretrained and not has_ln_vision:
             self.load_checkpoint(settings.pretrained)

@@ -4,14 +4,11 @@ import difflib
 from dataclasses import dataclass, field, fields
 from typing import Any, Dict, List, Mapping, Optional
 
-from lavis_kvmod.models import auxiliary
-from lavis_kvmod.models.backbones import (
-    VISION_ENCODERS,
-    language_model_weights,
-    vision_weights,
-)
-from lavis_kvmod.models.text import check_prompt
-from lavis_kvmod.weights import WeightFile
+from lavis_kvmod.models.language.opt import language_model_weights
+from lavis_kvmod.models.language.text import check_prompt
+from lavis_kvmod.models.vision import auxiliary
+from lavis_kvmod.models.vision.encoders import VISION_ENCODERS, vision_weights
+from lavis_kvmod.weights.finding import WeightFile
 
 PREFIX_GATES = ("none", "tanh")
 PREFIX_SHARING = ("shared", "per_layer")

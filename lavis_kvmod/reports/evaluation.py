@@ -9,11 +9,11 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 from omegaconf import OmegaConf
 
 from lavis_kvmod._version import __version__
-from lavis_kvmod.checkpoints import whole_or_nothing
 from lavis_kvmod.reports.examples import choose, thumbnail
 from lavis_kvmod.reports.markdown import escape, table
 from lavis_kvmod.tasks.evaluation import Evaluated, Row
 from lavis_kvmod.tasks.predictions import to_json
+from lavis_kvmod.weights.files import whole_or_nothing
 
 METRICS_FILE, REPORT_FILE, PICTURES = "metrics.json", "report.md", "report"
 LEFT_OUT = "left_out"  # the key in a split's metrics that tells which are not there, and why

@@ -9,12 +9,12 @@ from lavis.common.dist_utils import is_main_process
 from lavis.datasets.data_utils import prepare_sample
 
 from lavis_kvmod.datasets.bad_samples import BadSampleCounter
-from lavis_kvmod.distributed import gather
-from lavis_kvmod.progress import Progress
 from lavis_kvmod.runners.loaders import PADDING
 from lavis_kvmod.runners.pace import Pace
 from lavis_kvmod.runners.signals import Stopped
 from lavis_kvmod.runners.training_state import get_rng_state, set_rng_state
+from lavis_kvmod.system.distributed import gather
+from lavis_kvmod.system.progress import Progress
 
 __all__ = ["TrainsEpochs"]
 

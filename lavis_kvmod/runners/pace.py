@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict
 
 import torch
 
-from lavis_kvmod.progress import resident_peak_gib
+from lavis_kvmod.system.progress import resident_peak_gib
 
 __all__ = ["Pace"]
 

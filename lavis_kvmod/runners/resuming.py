@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from lavis_kvmod import checkpoints
-from lavis_kvmod.checkpoints import CheckpointError
 from lavis_kvmod.datasets.seeding import stable_hash
 from lavis_kvmod.runners.loaders import EpochLoader
 from lavis_kvmod.runners.run_folder import checkpoint_problem
 from lavis_kvmod.runners.training_state import RunState, set_rng_state
+from lavis_kvmod.weights import files
+from lavis_kvmod.weights.files import CheckpointError
 
 __all__ = [
     "bring_best",
@@ -163,7 +163,7 @@ def bring_best(state: RunState, source: Path, target: Path) -> bool:
         if not candidate.is_file() or not _is_best(candidate, state):
             continue
         if candidate != target:
-            with checkpoints.whole_or_nothing(target) as temporary:
+            with files.whole_or_nothing(target) as temporary:
                 shutil.copyfile(candidate, temporary)
         return True
     logging.warning(
@@ -179,5 +179,5 @@ def _is_best(path: Path, state: RunState) -> bool:
     if problem is not None:
         logging.warning("%s", problem)
         return False
-    contents = checkpoints.read(path, mmap=True)
+    contents = files.read(path, mmap=True)
     return contents["epoch"] == contents.get("best_epoch") == state.best_epoch

@@ -21,8 +21,8 @@ from zipfile import ZipFile
 
 from filelock import FileLock, Timeout
 
-from lavis_kvmod import checkpoints
 from lavis_kvmod.runners.training_state import RunState
+from lavis_kvmod.weights import files
 
 __all__ = ["BEST", "LAST", "RunFolder", "RunFolderError", "checkpoint_problem", "find_newest_run"]
 
@@ -123,7 +123,7 @@ class RunFolder:
         self._write_about(known)
 
     def _write_about(self, about: Dict[str, Any]) -> None:
-        with checkpoints.whole_or_nothing(self.path / _ABOUT) as temporary:
+        with files.whole_or_nothing(self.path / _ABOUT) as temporary:
             temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     # ------------------------------------------------------------ checkpoints
@@ -145,9 +145,9 @@ class RunFolder:
         self._write(contents, new, meant=path)
         if not in_place:
             _rotate(self.path, keep)
-            checkpoints.sync(self.path)
+            files.sync(self.path)
         os.replace(new, path)
-        checkpoints.sync(self.path)
+        files.sync(self.path)
         return path
 
     def save_best(self, contents: Dict[str, Any]) -> Path:
@@ -158,7 +158,7 @@ class RunFolder:
 
     def _write(self, contents, path: Path, meant: Path) -> None:
         try:
-            checkpoints.save(contents, path)
+            files.save(contents, path)
         except (OSError, RuntimeError) as error:  # torch turns some OSErrors into RuntimeErrors
             free = shutil.disk_usage(self.path).free
             kept = [p.name for p in _checkpoints(self.path)]
@@ -194,12 +194,12 @@ def find_newest_run(output_dir: Path) -> Optional[RunFolder]:
 def checkpoint_problem(path: Path) -> Optional[str]:
     """Why a checkpoint cannot be resumed from, after reading every byte of it; None if it can."""
     try:
-        if checkpoints.can_be_mapped(path):  # else it is read, and so checked, as a whole
+        if files.can_be_mapped(path):  # else it is read, and so checked, as a whole
             with ZipFile(path) as file:
                 damaged = file.testzip()
             if damaged is not None:
                 return f"{path}: damaged ({damaged} does not match its checksum)"
-        contents = checkpoints.read(path, mmap=True)
+        contents = files.read(path, mmap=True)
     except Exception as error:  # a damaged file makes its readers raise whatever it may be
         return _told(path, error)
     lacking = [key for key in ("model", "optimizer", "epoch") if not isinstance(contents, dict) or key not in contents]
@@ -229,7 +229,7 @@ def _newest_good(path: Path) -> Tuple[Optional[Path], List[Path]]:
     candidates, bad = [], []
     for file in _checkpoints(path):
         try:
-            state = RunState.from_checkpoint(checkpoints.read(file, mmap=True))
+            state = RunState.from_checkpoint(files.read(file, mmap=True))
             candidates.append(((state.epoch, state.batch, state.trained), file))
         except Exception as error:  # as above
             logging.warning("%s; looking for an older one", _told(file, error))

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Mapping, Optional, Union
 
 from omegaconf import OmegaConf
 
-from lavis_kvmod import checkpoints
+from lavis_kvmod.weights import files
 
 __all__ = ["RunLog", "is_installed"]
 
@@ -44,7 +44,7 @@ class RunLog:
         """
         if not self._active:
             return
-        with checkpoints.whole_or_nothing(self._folder / "config.yaml") as temporary:
+        with files.whole_or_nothing(self._folder / "config.yaml") as temporary:
             OmegaConf.save(OmegaConf.create(config), temporary)
         if not (self._folder / LOG).exists():
             self._append(LOG, json.dumps(config, indent=4))
@@ -67,7 +67,7 @@ class RunLog:
     def restore(self, text: str) -> None:
         """Put log.txt back to what it was when a checkpoint was written."""
         if self._active:
-            with checkpoints.whole_or_nothing(self._folder / LOG) as temporary:
+            with files.whole_or_nothing(self._folder / LOG) as temporary:
                 temporary.write_text(text, encoding="utf-8")
 
     def facts(self, split: str, facts: Mapping[str, Any], step: int) -> None:

@@ -20,11 +20,8 @@ from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
 from lavis.runners.runner_base import RunnerBase
 from torch.nn.parallel import DistributedDataParallel
 
-from lavis_kvmod.checkpoints import CheckpointError
-from lavis_kvmod.distributed import from_main, get_rank, get_world_size, on_main
 from lavis_kvmod.models.parts import parts_table
 from lavis_kvmod.plugin import set_registry_path
-from lavis_kvmod.precision import amp_dtype, needs_grad_scaler
 from lavis_kvmod.runners.environment import environment
 from lavis_kvmod.runners.epochs import TrainsEpochs
 from lavis_kvmod.runners.loaders import EpochLoader, EvalLoader, StreamLoader, stay_calm, stream_of
@@ -36,8 +33,11 @@ from lavis_kvmod.runners.schedules import Schedule
 from lavis_kvmod.runners.signals import StopSignals
 from lavis_kvmod.runners.steps import GradientStep
 from lavis_kvmod.runners.training_state import RunState
-from lavis_kvmod.sharding import shard_language_model
-from lavis_kvmod.weights import WeightFile
+from lavis_kvmod.system.distributed import from_main, get_rank, get_world_size, on_main
+from lavis_kvmod.system.precision import amp_dtype, needs_grad_scaler
+from lavis_kvmod.system.sharding import shard_language_model
+from lavis_kvmod.weights.files import CheckpointError
+from lavis_kvmod.weights.finding import WeightFile
 
 
 class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
@@ -132,7 +132,7 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
 
     @property
     def amp(self):
-        """``run.amp``: see `lavis_kvmod.precision`."""
+        """``run.amp``: see `lavis_kvmod.system.precision`."""
         return self._run_key("amp", False)
 
     @property

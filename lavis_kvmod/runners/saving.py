@@ -8,12 +8,12 @@ import torch
 from lavis.common.dist_utils import is_main_process
 from omegaconf import OmegaConf
 
-from lavis_kvmod import checkpoints
-from lavis_kvmod.checkpoints import CheckpointError
-from lavis_kvmod.distributed import gather, get_rank, get_world_size, on_main
 from lavis_kvmod.runners import resuming
 from lavis_kvmod.runners.run_folder import BEST, checkpoint_problem
 from lavis_kvmod.runners.training_state import RunState, get_rng_state
+from lavis_kvmod.system.distributed import gather, get_rank, get_world_size, on_main
+from lavis_kvmod.weights import files, reading
+from lavis_kvmod.weights.files import CheckpointError
 
 __all__ = ["SavesRuns"]
 
@@ -33,7 +33,7 @@ class SavesRuns:
         """
         randomness = gather([get_rng_state(self.device)])
         # On all ranks: asked for its state, a sharded layer lets go of what it gathered.
-        weights = checkpoints.trained_state_dict(self.unwrap_dist_model(self.model))
+        weights = files.trained_state_dict(self.unwrap_dist_model(self.model))
 
         def write() -> None:
             _check_finite(weights)
@@ -69,7 +69,7 @@ class SavesRuns:
         problem = on_main(lambda: checkpoint_problem(path))
         if problem is not None:
             raise CheckpointError(problem)
-        self._load_trained(model, checkpoints.read(path), path)
+        self._load_trained(model, files.read(path), path)
         return model
 
     def _load_checkpoint(self, url_or_filename: str) -> None:
@@ -79,7 +79,7 @@ class SavesRuns:
         Raises:
             FileNotFoundError, CheckpointError: if it cannot be read or does not fit.
         """
-        contents = checkpoints.read(url_or_filename)
+        contents = files.read(url_or_filename)
         resuming.check(contents, url_or_filename)
         resuming.warn_of_changes(contents, self._resolved_config(), get_world_size())
         self._load_trained(self.unwrap_dist_model(self.model), contents, url_or_filename)
@@ -102,7 +102,7 @@ class SavesRuns:
     def _load_trained(model, state: Dict[str, Any], source) -> None:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         frozen = set(model.state_dict()) - trained
-        checkpoints.load_weights(model, state["model"], source=source, may_lack=frozen)
+        reading.load_weights(model, state["model"], source=source, may_lack=frozen)
 
     def _resolved_config(self) -> Dict[str, Any]:
         return OmegaConf.to_container(self.config.config, resolve=True)

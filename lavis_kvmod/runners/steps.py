@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lavis_kvmod.distributed import all_reduce_sum, gather
 from lavis_kvmod.runners.loaders import PADDING
+from lavis_kvmod.system.distributed import all_reduce_sum, gather
 
 __all__ = ["GradientStep", "StepResult", "identify"]
 

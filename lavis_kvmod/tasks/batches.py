@@ -2,8 +2,8 @@
 
 from typing import Any, Dict, Iterable, Iterator, NamedTuple, Optional
 
-from lavis_kvmod.distributed import gather
-from lavis_kvmod.sharding import is_sharded
+from lavis_kvmod.system.distributed import gather
+from lavis_kvmod.system.sharding import is_sharded
 
 
 class Step(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Sequence, Set, Tuple
 
 from lavis.tasks.captioning import CaptionTask
 
-from lavis_kvmod.models.text import one_each
+from lavis_kvmod.models.language.text import one_each
 from lavis_kvmod.tasks.caption_metrics import METRICS, CaptionScores, aggregate, score_captions
 from lavis_kvmod.tasks.datasets import BuildsDatasets
 from lavis_kvmod.tasks.evaluation import DatasetEvaluation, Row, plain_id, unscored, with_scores

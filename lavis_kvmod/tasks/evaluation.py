@@ -12,8 +12,8 @@ from lavis.datasets.data_utils import prepare_sample
 from torch import Tensor
 
 from lavis_kvmod.datasets.bad_samples import BadSampleCounter
-from lavis_kvmod.distributed import gather, get_world_size
-from lavis_kvmod.progress import Progress
+from lavis_kvmod.system.distributed import gather, get_world_size
+from lavis_kvmod.system.progress import Progress
 from lavis_kvmod.tasks.batches import steps
 from lavis_kvmod.tasks.predictions import write_predictions
 

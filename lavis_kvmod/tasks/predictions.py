@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
-from lavis_kvmod.checkpoints import whole_or_nothing
+from lavis_kvmod.weights.files import whole_or_nothing
 
 # What both official evaluations call a prediction: in JSON beside `prediction`, so that they read the file as it is.
 OFFICIAL_NAMES = ("answer", "caption")

@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from lavis_kvmod.config import ConfigurationError, load_config
+from lavis_kvmod.config.loading import ConfigurationError, load_config
 from lavis_kvmod.datasets.answer_list import read_answer_list
 from lavis_kvmod.datasets.builder import VQABuilder
 

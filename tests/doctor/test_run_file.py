@@ -6,7 +6,7 @@ import pytest
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
-from lavis_kvmod.config import KVModConfig
+from lavis_kvmod.config.loading import KVModConfig
 from lavis_kvmod.doctor.findings import NOTE, OK, WARN, WRONG
 from lavis_kvmod.doctor.machine import GIB, GPU, Machine
 from lavis_kvmod.doctor.run_file import (
@@ -22,8 +22,8 @@ from lavis_kvmod.doctor.run_file import (
 from lavis_kvmod.memory import MemoryEstimate
 from lavis_kvmod.memory.runs import Change
 from lavis_kvmod.models.settings import ModelSettings
-from lavis_kvmod.paths import resolve_config
-from lavis_kvmod.weights import WeightFile
+from lavis_kvmod.system.paths import resolve_config
+from lavis_kvmod.weights.finding import WeightFile
 
 
 def findings_of(path, options, here):
@@ -106,7 +106,7 @@ def test_weights_in_another_half_than_the_run_computes_in():
 def test_weights_and_what_is_still_to_come(tmp_path, monkeypatch):
     here = tmp_path / "b3.pth"
     here.write_bytes(b"")
-    monkeypatch.setattr("lavis_kvmod.weights._reachable", lambda url: True)
+    monkeypatch.setattr("lavis_kvmod.weights.finding._reachable", lambda url: True)
     remote = WeightFile("image encoder", "https://example.org/none-such.pth", "model.vit_checkpoint")
     files = [WeightFile("auxiliary encoder", str(here), "model.aux_checkpoint"), remote]
     local, to_come = weight_findings(files, {"visual_encoder": 2 * GIB})
@@ -162,9 +162,9 @@ def test_a_model_of_lavis_is_not_looked_into(tmp_path):
 @pytest.mark.slow
 def test_the_published_model_on_a_24_gib_gpu(monkeypatch):
     """Everything but the GPU's memory is made to be there."""
-    monkeypatch.setattr("lavis_kvmod.config.cuda_capability", lambda: (8, 0))
-    monkeypatch.setattr("lavis_kvmod.config.data_problems", lambda cfg: [])
-    monkeypatch.setattr("lavis_kvmod.weights._reachable", lambda url: True)
+    monkeypatch.setattr("lavis_kvmod.config.loading.cuda_capability", lambda: (8, 0))
+    monkeypatch.setattr("lavis_kvmod.config.loading.data_problems", lambda cfg: [])
+    monkeypatch.setattr("lavis_kvmod.weights.finding._reachable", lambda url: True)
     options = ["run.batch_size_train=128", "run.batch_size_eval=64"]
     found = findings_of("projects/kvmod/vqa.yaml", options, machine(24))
     training, evaluation = found[-2:]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from whole_runs import assert_same_run, write_run  # noqa: F401
 
-from lavis_kvmod import checkpoints
+from lavis_kvmod.weights import files as checkpoints
 
 ROOT = Path(__file__).parents[2]
 LAST = "checkpoint_last.pth"

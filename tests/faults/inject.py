@@ -43,7 +43,8 @@ from typing import Any, Callable, Dict, List, Optional
 
 import torch
 
-from lavis_kvmod import Blip2OPTKVMod, checkpoints
+from lavis_kvmod import Blip2OPTKVMod
+from lavis_kvmod.weights import files as checkpoints
 
 EVENTS = ("start", "step", "save", "saved", "evaluate", "bytes", "file", "end")
 _TRACED = EVENTS[:5] + EVENTS[7:]

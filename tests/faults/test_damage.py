@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from lavis_kvmod import checkpoints
 from lavis_kvmod.runners.run_folder import checkpoint_problem
+from lavis_kvmod.weights import files as checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -7,7 +7,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from lavis_kvmod import Blip2OPTKVMod
 from lavis_kvmod.memory.estimate import estimate
 from lavis_kvmod.memory.ledger import Ledger
-from lavis_kvmod.models import backbones, blip2_opt_kvmod
+from lavis_kvmod.models import blip2_opt_kvmod
+from lavis_kvmod.models.language import opt
 
 QUERIES = 5  # of the small models in conftest.py
 
@@ -100,7 +101,7 @@ def test_a_gpu_keeps_norms_and_softmaxes_in_float32(model_config, monkeypatch):
 
     def kept(layers):
         geometry = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads)
-        monkeypatch.setitem(backbones._OPT_GEOMETRY, "facebook/opt-125m", geometry)
+        monkeypatch.setitem(opt._OPT_GEOMETRY, "facebook/opt-125m", geometry)
         half = {"opt_model": "facebook/opt-125m", "opt_precision": "bf16", "vit_precision": "bf16"}
         found = estimate(model_config(**half, **NO_PREFIX), batch_size=b, text_length=t, amp="bf16")
         return found.activations["opt_model"]

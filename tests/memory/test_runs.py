@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from lavis_kvmod.config import KVModConfig
+from lavis_kvmod.config.loading import KVModConfig
 from lavis_kvmod.memory.runs import (
     GIB,
     Change,
@@ -14,7 +14,7 @@ from lavis_kvmod.memory.runs import (
     training_step,
     with_allowance,
 )
-from lavis_kvmod.paths import resolve_config
+from lavis_kvmod.system.paths import resolve_config
 
 
 def sections(path, *options):

@@ -7,8 +7,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lavis_kvmod import Blip2OPTKVMod, checkpoints
-from lavis_kvmod.checkpoints import CheckpointError
+from lavis_kvmod import Blip2OPTKVMod
+from lavis_kvmod.weights import files as checkpoints
+from lavis_kvmod.weights import reading
+from lavis_kvmod.weights.files import CheckpointError
 
 
 def image_batch(images, b=3, captions=True):
@@ -49,8 +51,8 @@ def test_attention_maps_show_the_prefix_first(build, images):
 def test_published_geometry():
     """Prefix (b,12,8,64), Keys (b,12,265,64), six cross-attention layers, soft prompt width of the Q-Former."""
     from lavis_kvmod import KVPrefixGenerator
-    from lavis_kvmod.models.kv_prefix import KVPrefix
-    from lavis_kvmod.models.qformer import QFormer
+    from lavis_kvmod.models.connectors.kv_prefix import KVPrefix
+    from lavis_kvmod.models.connectors.qformer import QFormer
 
     qformer = QFormer(encoder_width=1408).eval()
     assert sum(p.numel() for p in qformer.parameters()) == 105_137_664
@@ -483,7 +485,7 @@ def test_what_we_save_loads_back(build, tmp_path, images):
 
 def test_checkpoints_that_do_not_fit_list_their_keys(build, files, tmp_path):
     model = build()
-    state = checkpoints.read_weights(files.blip2)
+    state = reading.read_weights(files.blip2)
     before = {k: v.clone() for k, v in model.state_dict().items()}
 
     def refused(changed, match):

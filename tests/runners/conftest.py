@@ -11,7 +11,7 @@ import pytest
 import torch
 from whole_runs import assert_same_run, write_run  # noqa: F401
 
-from lavis_kvmod.train import train
+from lavis_kvmod.commands.train import train
 
 
 def _child(function, folder, output):

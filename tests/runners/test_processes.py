@@ -15,12 +15,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lavis_kvmod import checkpoints
-from lavis_kvmod.distributed import init_distributed
-from lavis_kvmod.evaluate import evaluate
-from lavis_kvmod.launch import build_runner, load_config
-from lavis_kvmod.sharding import is_sharded
-from lavis_kvmod.train import main, train
+from lavis_kvmod.commands.evaluate import evaluate
+from lavis_kvmod.commands.launch import build_runner, load_config
+from lavis_kvmod.commands.train import main, train
+from lavis_kvmod.system.distributed import init_distributed
+from lavis_kvmod.system.sharding import is_sharded
+from lavis_kvmod.weights import files as checkpoints
 
 LAST = "checkpoint_last.pth"
 STEADY = {  # nothing is drawn, so that runs can be compared number by number

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from lavis_kvmod import checkpoints
-from lavis_kvmod.train import train
+from lavis_kvmod.commands.train import train
+from lavis_kvmod.weights import files as checkpoints
 
 LAST = "checkpoint_last.pth"
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lavis_kvmod import checkpoints
-from lavis_kvmod.checkpoints import CheckpointError
+from lavis_kvmod.commands.train import train
 from lavis_kvmod.runners import resuming
 from lavis_kvmod.runners.runner_kvmod import RunnerKVMod
 from lavis_kvmod.runners.training_state import RunState, get_rng_state, set_rng_state
-from lavis_kvmod.train import train
+from lavis_kvmod.weights import files as checkpoints
+from lavis_kvmod.weights.files import CheckpointError
 
 CPU = torch.device("cpu")
 ORDER = {"seed": 1, "num_samples": 100, "num_batches": 25, "global_batch": 4, "readers": None, "accum_grad_iters": 1}

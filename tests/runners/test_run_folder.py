@@ -10,10 +10,10 @@ import stat
 import pytest
 import torch
 
-from lavis_kvmod import checkpoints
 from lavis_kvmod.runners import run_folder
 from lavis_kvmod.runners.run_folder import BEST, LAST, RunFolder, RunFolderError, checkpoint_problem, find_newest_run
 from lavis_kvmod.runners.training_state import RunState
+from lavis_kvmod.weights import files as checkpoints
 
 
 def contents(epoch, batch=0, size=1000):

@@ -5,9 +5,9 @@ import signal
 
 import pytest
 
-from lavis_kvmod import checkpoints
+from lavis_kvmod.commands.train import train
 from lavis_kvmod.runners.signals import Stopped, StopSignals
-from lavis_kvmod.train import train
+from lavis_kvmod.weights import files as checkpoints
 
 
 def send(signum):

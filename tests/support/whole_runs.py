@@ -10,8 +10,8 @@ import webdataset
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_kvmod import checkpoints
 from lavis_kvmod.datasets.shards.counting import write_indices
+from lavis_kvmod.weights import files as checkpoints
 
 __all__ = ["assert_same_run", "write_run"]
 

@@ -14,7 +14,7 @@ from PIL import Image
 from skimage import data
 from torch.utils.data import DataLoader
 
-from lavis_kvmod.config import ConfigurationError, load_config
+from lavis_kvmod.config.loading import ConfigurationError, load_config
 from lavis_kvmod.datasets.annotated import CaptionEvalData, VQAEvalData
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy
 from lavis_kvmod.datasets.digits import DigitsVQABuilder

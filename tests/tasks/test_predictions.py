@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lavis_kvmod.models.soft_prompt import ScoredAnswer
+from lavis_kvmod.models.language.soft_prompt import ScoredAnswer
 from lavis_kvmod.tasks.predictions import confidence, write_predictions
 
 ROWS = [

@@ -9,10 +9,10 @@ from typing import Callable, List, Optional, Sequence
 from omegaconf import DictConfig
 from torch.hub import download_url_to_file
 
-from lavis_kvmod.checkpoints import whole_or_nothing
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.storage import first_existing, looked_for, places, strings
-from lavis_kvmod.weights import WeightFile
+from lavis_kvmod.weights.files import whole_or_nothing
+from lavis_kvmod.weights.finding import WeightFile
 
 __all__ = ["AnnotationFile", "annotation_files", "image_folder_problems"]
 

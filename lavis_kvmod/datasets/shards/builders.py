@@ -36,7 +36,7 @@ class _ShardBuilder(PackagedBuilder):
 
     @classmethod
     def config_problems(cls, section: DictConfig) -> List[str]:
-        """All that can be told to be wrong without reading the shards; `lavis_kvmod.config` asks."""
+        """All that can be told to be wrong without reading the shards; `lavis_kvmod.config.loading` asks."""
         try:
             cls(section).find()
         except BadDataError as error:

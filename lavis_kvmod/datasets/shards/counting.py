@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
-from lavis_kvmod.checkpoints import whole_or_nothing
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy, some_of
 from lavis_kvmod.datasets.shards.files import INDEX, Contents, Shard, find_shards, index_text, read_index, sha256_of
 from lavis_kvmod.datasets.shards.rows import CAPTION, VQA, Kind, rows_by_sample
-from lavis_kvmod.progress import Progress
+from lavis_kvmod.system.progress import Progress
+from lavis_kvmod.weights.files import whole_or_nothing
 
 __all__ = ["Counted", "count", "count_all", "write_indices"]
 

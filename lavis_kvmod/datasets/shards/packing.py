@@ -18,13 +18,13 @@ import webdataset
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from lavis_kvmod.checkpoints import whole_or_nothing
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy, some_of
 from lavis_kvmod.datasets.images import BadImageError, read_image
 from lavis_kvmod.datasets.seeding import stable_hash
 from lavis_kvmod.datasets.shards.files import ANSWERS, INDEX, Contents, Shard, index_text, read_index, sha256_of
 from lavis_kvmod.datasets.shards.rows import CAPTION, IMAGE_EXTENSIONS, VQA, Kind
-from lavis_kvmod.progress import Progress
+from lavis_kvmod.system.progress import Progress
+from lavis_kvmod.weights.files import whole_or_nothing
 
 __all__ = ["Item", "PackSettings", "Packer", "items_of", "readable"]
 

@@ -9,9 +9,9 @@ import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
-from lavis_kvmod.config import load_config
+from lavis_kvmod.commands.pack import pack
+from lavis_kvmod.config.loading import load_config
 from lavis_kvmod.datasets.checks import builder_getter
-from lavis_kvmod.pack import pack
 
 BALANCED = {"type": "balanced_testdev"}
 OFFICIAL_NOCAPS = {

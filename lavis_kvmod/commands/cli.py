@@ -1,0 +1,44 @@
+"""The command line: ``lavis-kvmod COMMAND``, for everything LAVIS has no name for."""
+
+import argparse
+import sys
+from importlib import import_module
+
+from lavis_kvmod import __version__, _hook
+from lavis_kvmod.system.quiet import hide_deprecations
+
+# command -> (module with `add_arguments(parser)` and `main(args)`, what it does)
+_COMMANDS = {
+    "doctor": ("lavis_kvmod.commands.doctor", "what is installed and missing, and whether a run fits this machine"),
+    "params": ("lavis_kvmod.commands.params", "count a model's parameters and bytes by part, without loading it"),
+    "memory": ("lavis_kvmod.commands.memory", "the GPU memory a run takes, by batch size, computed without a GPU"),
+    "convert": ("lavis_kvmod.commands.convert", "write a checkpoint in another layout: LAVIS's or Hugging Face's"),
+    "pack": ("lavis_kvmod.commands.pack", "write a run file's data as tar shards (webdataset), or an index for shards"),
+    "demo": (
+        "lavis_kvmod.commands.demo",
+        "train on scanned digits with and without KV modulation, and compare (CPU, minutes)",
+    ),
+}
+
+
+def main(argv=None):
+    """Run one command, and return its exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    hide_deprecations()
+    parser = argparse.ArgumentParser(
+        prog="lavis-kvmod",
+        description="KV modulation for LAVIS. Training and evaluation are LAVIS's commands: "
+        "python -m lavis.train, python -m lavis.evaluate.",
+    )
+    parser.add_argument("--version", action="version", version=f"lavis-kvmod {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    for name, (module_name, text) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if argv[:1] == [name]:  # a command's module is imported only to be run or to be explained
+            module = import_module(module_name)
+            module.add_arguments(command)
+            command.set_defaults(run=module.main)
+    args = parser.parse_args(argv)
+    if _hook.disabled() and args.command != "doctor":
+        parser.error("this command needs the plugin: unset LAVIS_KVMOD_DISABLE")
+    return args.run(args) or 0

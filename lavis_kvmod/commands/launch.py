@@ -1,0 +1,133 @@
+"""From the command line to a runner: shared by ``python -m lavis.train`` and ``python -m lavis.evaluate``."""
+
+import argparse
+import datetime
+import errno
+import logging
+import os
+import random
+import sys
+from typing import Any, Callable, Dict, List, Optional, Sequence
+
+import numpy as np
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from lavis_kvmod.config.loading import ConfigurationError, KVModConfig, load_config
+from lavis_kvmod.datasets.bad_samples import BadDataError
+from lavis_kvmod.runners.run_folder import RunFolderError
+from lavis_kvmod.system.distributed import from_main, get_rank, init_distributed, leaves_group
+from lavis_kvmod.system.quiet import hide_deprecations
+from lavis_kvmod.weights.files import CheckpointError
+
+# What the user can mend: told without a traceback.
+_TOLD = (ConfigurationError, CheckpointError, BadDataError, RunFolderError, FileNotFoundError, FloatingPointError)
+
+# Errors of a system that has no room left to write to.
+_NO_ROOM = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
+
+
+def parse_args(description: str, argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """LAVIS's arguments: ``--cfg-path`` and ``--options``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--cfg-path",
+        required=True,
+        metavar="YAML",
+        help="run file; projects/... is also looked up in the installed package",
+    )
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override values of the run file, e.g. run.max_epoch=2 model.kv_modulation=false",
+    )
+    args = parser.parse_args(argv)
+    for option in args.options:
+        if "=" not in option:
+            parser.error(f"--options: expected section.key=value, got {option!r}")
+    return args
+
+
+def build_runner(cfg: KVModConfig):
+    """Task, data sets, model and runner of a checked config, in LAVIS's order."""
+    from lavis import tasks
+    from lavis.common.registry import registry
+
+    init_distributed(cfg.run_cfg)
+    seed_everything(cfg.run_cfg.seed + get_rank(), cfg.run_cfg.get("deterministic", False))
+    set_up_logging()
+    cfg.pretty_print()
+
+    runner_cls = registry.get_runner_class(cfg.run_cfg.runner)
+    if hasattr(runner_cls, "open_folder"):  # before what takes long: another run may be using it
+        folder = runner_cls.open_folder(cfg.run_cfg)
+        place: Dict[str, Any] = {"job_id": folder.path.name, "folder": folder}
+    else:
+        place = {"job_id": from_main(datetime.datetime.now().strftime("%Y%m%d-%H%M%S"))}
+    task = tasks.setup_task(cfg)
+    datasets = task.build_datasets(cfg)
+    model = task.build_model(cfg)
+    return runner_cls(cfg=cfg, task=task, model=model, datasets=datasets, **place)
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, NumPy and torch, and keep cuDNN from choosing algorithms by timing, as LAVIS does.
+
+    With ``deterministic`` PyTorch computes only with algorithms that give the same bits every time, and raises where it
+    has none.
+    """
+    if deterministic:
+        # cuBLAS reads it when it is first used: https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(bool(deterministic))
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def set_up_logging() -> None:
+    """Log lines of rank 0, warnings of the others."""
+    logging.basicConfig(
+        level=logging.INFO if get_rank() == 0 else logging.WARNING,
+        format="%(asctime)s [%(levelname)s] %(message)s",
+        force=True,
+    )
+    hide_deprecations()
+
+
+def run_command(command: Callable[[str, List[str]], object], description: str, argv) -> int:
+    """Parse, run, and turn what the user can mend into a message without a traceback."""
+    args = parse_args(description, argv)
+    set_up_logging()
+    try:
+        # Under torchrun, what fails is written where torchrun finds it, and tells it with rank and traceback.
+        with leaves_group():
+            record(command)(args.cfg_path, args.options)
+    except _TOLD as error:
+        print(f"error: {_message(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:  # beside checkpoints, whose errors say more: a log, predictions
+        if error.errno not in _NO_ROOM:
+            raise
+        print(
+            f"error: {error}. What was saved before is intact: make room, then start again (a training with "
+            "run.resume_ckpt_path=auto)",
+            file=sys.stderr,
+        )
+        return 2
+    return 0
+
+
+def _message(error: Exception) -> str:
+    """What the error says; of one that comes from a data worker, without the traceback PyTorch puts into it."""
+    text = str(error)
+    if not text.startswith(f"Caught {type(error).__name__} in DataLoader worker process"):
+        return text
+    return text.rpartition(f"{type(error).__name__}: ")[-1].strip()
+
+
+__all__ = ["build_runner", "load_config", "parse_args", "run_command"]

@@ -1,0 +1,1 @@
+"""From soft prompt to text: the frozen language model, its inputs, its decoding, its answers."""

@@ -1,0 +1,165 @@
+"""OPT behind a soft prompt: the loss of a text, its continuation, and which of many answers is likeliest.
+
+Positions are [q soft-prompt vectors | t text tokens]. The text's first token is predicted at the last soft-prompt
+vector, every other one at the token before it.
+"""
+
+import math
+from typing import List, NamedTuple, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lavis_kvmod.models.language.text import IGNORED, TextBatch, answer_ids, continuation_batch, prompt_batch
+from lavis_kvmod.system.sharding import is_sharded
+
+# Rows that answer ranking has in the language model at once: OPT-2.7B keeps 0.3 MB of Keys and Values a position
+# and row in half precision, so 2 GB for 128 rows of 50 positions.
+ROWS_AT_ONCE = 128
+
+
+class ScoredAnswer(NamedTuple):
+    """A text that the model gave, and how likely it found it.
+
+    ``log_prob`` is the sum of the natural log-probabilities of its ``num_tokens`` tokens, the closing newline counted
+    where there is one (a text that was cut at its greatest length has none).
+    """
+
+    answer: str
+    log_prob: float
+    num_tokens: int
+
+    @property
+    def mean_log_prob(self) -> float:
+        """``log_prob`` a token: does not fall with length alone."""
+        return self.log_prob / max(self.num_tokens, 1)
+
+
+def token_losses(opt, soft_prompt: Tensor, text: TextBatch) -> Tuple[Tensor, Tensor]:
+    """Cross-entropy of each labelled token of ``text`` (b, t) behind ``soft_prompt`` (b, q, width).
+
+    Returns:
+        For the k labelled tokens, the row each is in (k,) and its loss (k,), in the rows' order.
+
+    Raises:
+        ValueError: if no token is labelled.
+    """
+    q = soft_prompt.shape[1]
+    embedded = opt.get_input_embeddings()(text.input_ids)
+    hidden = opt.model.decoder(
+        inputs_embeds=torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1),
+        attention_mask=full_mask(soft_prompt, text),
+        use_cache=False,
+        return_dict=True,
+    ).last_hidden_state
+    predicts = hidden[:, q - 1 : -1]  # (b, t, width)
+    row, column = (text.labels != IGNORED).nonzero(as_tuple=True)
+    if not len(row):
+        raise ValueError("nothing to predict in this batch: every caption is no longer than its prompt")
+    logits = opt.lm_head(predicts[row, column])  # only where there is a loss
+    return row, F.cross_entropy(logits.float(), text.labels[row, column], reduction="none")
+
+
+def full_mask(soft_prompt: Tensor, text: TextBatch) -> Tensor:
+    """Attention mask (b, q + t): the soft prompt is seen by all."""
+    seen = text.attention_mask.new_ones(soft_prompt.shape[:2])
+    return torch.cat([seen, text.attention_mask], dim=1)
+
+
+def continue_texts(
+    opt, tokenizer, soft_prompt: Tensor, contexts: Sequence[List[int]], *, stop: int, **search
+) -> List[List[int]]:
+    """Token ids that OPT adds to each context up to the token ``stop``, itself counted; ``search`` is generate's."""
+    text = prompt_batch(tokenizer, contexts, soft_prompt.device)
+    # transformers 4.26 repeats ids and mask for beams and samples, but not query_embeds.
+    repeats = search.get("num_return_sequences", 1) if search["do_sample"] else search["num_beams"]
+    dtype = opt.get_input_embeddings().weight.dtype
+    generated = opt.generate(
+        input_ids=text.input_ids,
+        attention_mask=full_mask(soft_prompt, text),
+        query_embeds=soft_prompt.to(dtype).repeat_interleave(repeats, dim=0),
+        eos_token_id=stop,
+        pad_token_id=tokenizer.pad_token_id,
+        synced_gpus=is_sharded(opt),  # a rank that is done must go on gathering layers for the others
+        **search,
+    )
+    return [_up_to(stop, ids) for ids in generated[:, text.input_ids.shape[1] :].tolist()]
+
+
+def _up_to(stop: int, ids: List[int]) -> List[int]:
+    return ids[: ids.index(stop) + 1] if stop in ids else ids
+
+
+def score(
+    opt, tokenizer, soft_prompt: Tensor, contexts: Sequence[List[int]], added: Sequence[List[int]]
+) -> List[float]:
+    """The log-probability of ``added`` behind each context, as the model has it, without a search's penalties."""
+    text = continuation_batch(tokenizer, contexts, added, soft_prompt.device)
+    row, loss = token_losses(opt, soft_prompt, text)
+    return loss.new_zeros(len(contexts)).index_add(0, row, -loss).tolist()
+
+
+def rank_answers(
+    opt,
+    tokenizer,
+    soft_prompt: Tensor,
+    contexts: Sequence[List[int]],
+    candidates: Sequence[str],
+    num_candidates: int,
+    rows_at_once: int = ROWS_AT_ONCE,
+) -> List[ScoredAnswer]:
+    """The likeliest of ``candidates`` for each context, by the log-probability of the whole answer and its newline.
+
+    Image and question go through OPT once; their Keys and Values serve all candidates. Where there are more than
+    ``num_candidates``, only those whose first token is likeliest are looked at further (as in BLIP, arXiv 2201.12086).
+
+    Raises:
+        ValueError: without candidates, or for an empty one.
+    """
+    if not candidates:
+        raise ValueError("inference_method 'rank' needs candidates: give answer_list, or use 'generate'")
+    ids = [answer_ids(tokenizer, answer, f"candidate {i}") for i, answer in enumerate(candidates)]
+    prompt = prompt_batch(tokenizer, contexts, soft_prompt.device)
+    embedded = opt.get_input_embeddings()(prompt.input_ids)
+    mask = full_mask(soft_prompt, prompt)
+    shared = opt.model.decoder(
+        inputs_embeds=torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1),
+        attention_mask=mask,
+        use_cache=True,
+        return_dict=True,
+    )
+    first = opt.lm_head(shared.last_hidden_state[:, -1]).float().log_softmax(-1)  # (b, vocabulary)
+    of_first = first[:, [tokens[0] for tokens in ids]]  # (b, candidates)
+    chosen = of_first.topk(min(num_candidates, len(ids)), dim=1).indices.tolist()
+
+    pairs = [(row, candidate) for row, some in enumerate(chosen) for candidate in some]
+    best = [ScoredAnswer("", -math.inf, 0)] * len(contexts)
+    for start in range(0, len(pairs), rows_at_once):
+        group = pairs[start : start + rows_at_once]
+        rows = torch.tensor([row for row, _ in group], device=soft_prompt.device)
+        text = continuation_batch(tokenizer, [[] for _ in group], [ids[c] for _, c in group], soft_prompt.device)
+        past = tuple((key[rows], value[rows]) for key, value in shared.past_key_values)
+        later = _later_tokens(opt, past, mask[rows], text)
+        totals = first[rows, text.input_ids[:, 0]] + later
+        for (row, candidate), total in zip(group, totals.tolist()):
+            if total > best[row].log_prob:
+                best[row] = ScoredAnswer(candidates[candidate].strip(), total, len(ids[candidate]))
+    return best
+
+
+def _later_tokens(opt, past, mask: Tensor, text: TextBatch) -> Tensor:
+    """Log-probability (b,) of each row's tokens after the first, behind Keys and Values ``past``."""
+    if text.input_ids.shape[1] == 1:
+        return torch.zeros(len(text.input_ids), device=mask.device)
+    hidden = opt.model.decoder(
+        inputs_embeds=opt.get_input_embeddings()(text.input_ids),
+        attention_mask=torch.cat([mask, text.attention_mask], dim=1),
+        past_key_values=past,
+        use_cache=False,
+        return_dict=True,
+    ).last_hidden_state
+    row, column = (text.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    logits = opt.lm_head(hidden[row, column]).float()
+    loss = F.cross_entropy(logits, text.labels[row, column + 1], reduction="none")
+    return loss.new_zeros(len(text.input_ids)).index_add(0, row, -loss)

@@ -1,0 +1,1 @@
+"""From pixels to features: the image encoder, the auxiliary encoder, and the cache of what both give."""

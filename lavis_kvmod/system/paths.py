@@ -1,0 +1,81 @@
+"""Where files are: what the package ships, what a user names, and what is cached."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_CACHE = "LAVIS_KVMOD_CACHE"
+
+
+def resource(relative: str) -> Path:
+    """The absolute path of a shipped file, such as ``configs/models/blip2_opt_kvmod/demo.yaml``.
+
+    In an installed wheel these files are inside the package; in a checkout and an editable
+    install they stand beside it.
+
+    Raises:
+        FileNotFoundError: nothing is shipped under that name.
+    """
+    for root in _roots():
+        if (root / relative).exists():
+            return root / relative
+    looked = ", ".join(str(root / relative) for root in _roots())
+    raise FileNotFoundError(
+        f"expected {relative!r} among the files of lavis-kvmod, looked for it at {looked}; "
+        "check the spelling, or reinstall lavis-kvmod"
+    )
+
+
+def resolve_config(path: str) -> Path:
+    """The run file that ``--cfg-path`` names.
+
+    A path that exists from where the user stands is taken as given. Else one that starts with
+    ``projects/`` is looked up in this package, then in LAVIS, as is ``lavis/projects/``.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message lists those that are shipped.
+    """
+    given = Path(path).expanduser()
+    if given.is_file():
+        return given
+    inside = given.parts[1:] if given.parts[:1] == ("lavis",) else given.parts
+    if inside[:1] == ("projects",):
+        for root in (*_roots(), *_lavis_roots()):
+            if root.joinpath(*inside).is_file():
+                return root.joinpath(*inside)
+    raise FileNotFoundError(
+        f"expected a YAML file, got {path!r}, which is neither in {Path.cwd()} nor shipped; "
+        f"shipped are {', '.join(_shipped_run_files()) or 'none'}"
+    )
+
+
+def absolute(path) -> Path:
+    """A path as its user means it: ``~`` is their home, and what is relative starts where they stand."""
+    return Path(path).expanduser().absolute()
+
+
+def cache_dir() -> Path:
+    """The folder for what is built once: ``LAVIS_KVMOD_CACHE``, or ``~/.cache/lavis_kvmod``.
+
+    It need not exist yet.
+    """
+    return absolute(os.environ.get(_CACHE) or "~/.cache/lavis_kvmod")
+
+
+def _roots():
+    """The folders which may hold ``configs/`` and ``projects/``."""
+    checkout = _PACKAGE.parent
+    # Beside an installed package is site-packages, where LAVIS's wheel leaves a `projects` too.
+    return [_PACKAGE, checkout] if (checkout / "setup.py").is_file() else [_PACKAGE]
+
+
+def _lavis_roots():
+    spec = find_spec("lavis")  # found, not imported: that takes seconds
+    return [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+
+
+def _shipped_run_files():
+    return sorted(
+        {file.relative_to(root).as_posix() for root in _roots() for file in (root / "projects").rglob("*.yaml")}
+    )

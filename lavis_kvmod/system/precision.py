@@ -1,0 +1,67 @@
+"""Which dtype a run computes in, and whether it needs a gradient scaler: decisions, apart from the hardware.
+
+``run.amp`` is LAVIS's switch, with a choice added: ``true`` or ``fp16`` (with a GradScaler), ``bf16`` (without one),
+``false``. Parameters that are trained are float32 in every case.
+"""
+
+from pathlib import Path
+from typing import List, Optional, Tuple
+
+import torch
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+AMP_VALUES = (True, False, "fp16", "bf16")
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def amp_dtype(amp, device_type: str) -> Optional[torch.dtype]:
+    """The autocast dtype of a run, or None for none.
+
+    LAVIS's ``amp: true`` means fp16 on a GPU; on the CPU, where fp16 has no fast kernels, it means nothing.
+    """
+    if amp in (False, None):
+        return None
+    if amp == "bf16":
+        return torch.bfloat16
+    return torch.float16 if device_type == "cuda" else None
+
+
+def needs_grad_scaler(amp, device_type: str) -> bool:
+    """Only fp16 gradients underflow; bf16 has float32's range."""
+    return amp_dtype(amp, device_type) is torch.float16
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices itself (AVX512-BF16, AMX, or Arm's)."""
+    names = {"avx512_bf16", "amx_bf16", "bf16"}
+    if hasattr(torch.cpu, "get_capabilities"):
+        return any(present for name, present in torch.cpu.get_capabilities().items() if name in names)
+    # An older PyTorch does not tell, but Linux does.
+    listed = _CPUINFO.read_text().split() if _CPUINFO.is_file() else ()
+    return not names.isdisjoint(listed)
+
+
+def frozen_dtype_on_cpu(stored: torch.dtype, has_bf16: bool) -> torch.dtype:
+    """How the CPU keeps a frozen weight: half precision as bfloat16 where it can compute in it, else float32.
+
+    LAVIS makes everything float32, which doubles OPT. What is stored in float32 stays so.
+    """
+    if stored in (torch.float16, torch.bfloat16) and has_bf16:
+        return torch.bfloat16
+    return torch.float32
+
+
+def cuda_capability() -> Optional[Tuple[int, int]]:
+    """The compute capability of the GPU, or None where PyTorch finds none."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def amp_problems(amp, device_type: str, cuda_has_bf16: bool = True) -> List[str]:
+    """What is wrong with ``run.amp`` for this device."""
+    if amp not in AMP_VALUES and amp is not None:
+        return [f"run.amp: expected true, false, fp16 or bf16; got {amp!r}"]
+    if amp == "fp16" and device_type == "cpu":
+        return ["run.amp: fp16 needs a GPU; use bf16 or false on the CPU"]
+    if amp == "bf16" and device_type == "cuda" and not cuda_has_bf16:
+        return ["run.amp: this GPU has no bf16 (it needs compute capability 8.0); use fp16"]
+    return []

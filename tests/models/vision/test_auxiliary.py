@@ -1,0 +1,140 @@
+import pytest
+import torch
+from efficientnet_pytorch import EfficientNet
+from torchvision import transforms
+
+from lavis_kvmod.models.vision.auxiliary import (
+    BLIP_MEAN,
+    BLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    build_auxiliary_encoder,
+)
+from lavis_kvmod.weights.files import CheckpointError
+from lavis_kvmod.weights.finding import MissingWeightsError
+
+
+@pytest.fixture(scope="module")
+def b3(tmp_path_factory):
+    """(an EfficientNet-B3 with its classifier, its weight file)"""
+    torch.manual_seed(0)
+    network = EfficientNet.from_name("efficientnet-b3").eval()
+    path = tmp_path_factory.mktemp("aux") / "b3.pth"
+    torch.save(network.state_dict(), path)
+    return network, path
+
+
+def test_b3_gives_1536_pooled_features_of_an_imagenet_image(b3):
+    """The features are those of the network on the same picture, normalised its own way."""
+    network, path = b3
+    encoder = build_auxiliary_encoder("efficientnet-b3", str(path))
+    assert encoder.feature_dim == 1536
+    assert sum(p.numel() for p in encoder.parameters()) == 10_696_232
+    picture = torch.rand(2, 3, 224, 224)
+    as_blip = transforms.Normalize(BLIP_MEAN, BLIP_STD)(picture)
+    as_imagenet = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)(picture)
+    assert torch.allclose(encoder.renormalise(as_blip), as_imagenet, atol=1e-5)
+    features = encoder(as_blip)
+    with torch.no_grad():
+        expected = network.extract_features(as_imagenet).mean((2, 3))
+    assert features.shape == (2, 1536)
+    assert torch.allclose(features, expected, rtol=1e-3, atol=1e-6 * expected.abs().max())
+
+
+def test_it_stays_frozen_in_train_mode(files):
+    encoder = build_auxiliary_encoder("efficientnet-b0", str(files.b0)).train()
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    image = torch.randn(4, 3, 64, 64, requires_grad=True)
+    first, second = encoder(image), encoder(image)
+    assert torch.equal(first, second)  # no dropout, no dropped connection
+    assert not first.requires_grad
+    assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
+
+
+def test_image_size_resizes(files):
+    encoder = build_auxiliary_encoder("efficientnet-b0", str(files.b0), image_size=64)
+    seen = []
+    encoder.backbone.register_forward_hook(lambda _, x, __: seen.append(tuple(x[0].shape)))
+    encoder(torch.randn(1, 3, 40, 40))
+    encoder(torch.randn(1, 3, 64, 64))
+    assert seen == [(1, 3, 64, 64)] * 2
+
+
+def test_lite0_brings_its_imagenet_weights():
+    encoder = build_auxiliary_encoder("efficientnet-lite0", image_size=64)
+    assert encoder(torch.randn(2, 3, 64, 64)).shape == (2, 1280)
+    assert encoder.backbone._bn1.running_var.std() > 0  # trained statistics, not ones
+
+
+@pytest.mark.parametrize(
+    "name, width", [("timm:efficientnet_lite0", 1280), ("timm:efficientnet_b3", 1536), ("timm:resnet18", 512)]
+)
+def test_timm_encoders(tmp_path, name, width):
+    import timm
+
+    network = timm.create_model(name[5:], num_classes=7).eval()
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "net.pth")
+    encoder = build_auxiliary_encoder(name, str(tmp_path / "net.pth"))
+    assert encoder(torch.randn(2, 3, 64, 64)).shape == (2, width)
+
+
+@pytest.mark.parametrize("wrap", ["bare", "state_dict", "model", "module.", "bare module."])
+def test_wrapped_files_and_any_number_of_classes(tmp_path, wrap):
+    state = EfficientNet.from_name("efficientnet-b0", num_classes=27).state_dict()
+    plain = build_auxiliary_encoder_from(state, tmp_path / "plain.pth")
+    if wrap == "module.":
+        state = {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}
+    elif wrap == "bare module.":
+        state = {f"module.{k}": v for k, v in state.items()}
+    elif wrap != "bare":
+        state = {wrap: state, "epoch": 3}
+    wrapped = build_auxiliary_encoder_from(state, tmp_path / "wrapped.pth")
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, wrapped.state_dict()[key])
+
+
+def test_a_moco_file_gives_its_trained_network(tmp_path):
+    """The momentum network and the queue are left out, as the projection head is."""
+    import timm
+
+    network = timm.create_model("resnet50", num_classes=7).eval()
+    state = network.state_dict()
+    head = {"fc.0.weight": torch.zeros(4, 2048), "fc.2.bias": torch.zeros(3)}
+    queries = {**{k: v for k, v in state.items() if not k.startswith("fc.")}, **head}
+    moco = {f"module.encoder_q.{k}": v for k, v in queries.items()}
+    moco.update({f"module.encoder_k.{k}": v + 1 for k, v in queries.items()})
+    moco.update({"module.queue": torch.zeros(4, 8), "module.queue_ptr": torch.zeros(1)})
+    torch.save({"arch": "resnet50", "epoch": 200, "state_dict": moco}, tmp_path / "moco.pth.tar")
+    encoder = build_auxiliary_encoder("timm:resnet50", str(tmp_path / "moco.pth.tar"))
+    assert encoder.feature_dim == 2048
+    for key, value in encoder.backbone.state_dict().items():
+        assert torch.equal(value, state[key])
+    moco.pop("module.encoder_q.layer1.0.conv1.weight")
+    torch.save({"state_dict": moco}, tmp_path / "less.pth")
+    with pytest.raises(CheckpointError, match=r"1 missing:\s+layer1.0.conv1.weight"):
+        build_auxiliary_encoder("timm:resnet50", str(tmp_path / "less.pth"))
+
+
+def build_auxiliary_encoder_from(state, path):
+    torch.save(state, path)
+    return build_auxiliary_encoder("efficientnet-b0", str(path))
+
+
+def test_what_does_not_fit_is_listed(tmp_path, b3):
+    with pytest.raises(CheckpointError, match="of another shape"):
+        build_auxiliary_encoder("efficientnet-b0", str(b3[1]))
+    state = EfficientNet.from_name("efficientnet-b0").state_dict()
+    del state["_conv_stem.weight"]
+    with pytest.raises(CheckpointError, match=r"1 missing:\s+_conv_stem.weight"):
+        build_auxiliary_encoder_from(state, tmp_path / "less.pth")
+
+
+def test_unknown_encoder_names_the_known():
+    for name in ("efficientnet-b9", "timm:no_such_net", "resnet50"):
+        with pytest.raises(ValueError, match=r"efficientnet-b0 … efficientnet-b7.*timm:NAME.*got"):
+            build_auxiliary_encoder(name)
+
+
+def test_missing_file_names_the_key():
+    with pytest.raises(MissingWeightsError, match="/nowhere/b3.pth; set model.aux_checkpoint to a local file"):
+        build_auxiliary_encoder("efficientnet-b3", "/nowhere/b3.pth")
