@@ -31,9 +31,11 @@ test-full: $(STAMP) ## run all tests, the slow ones and the faults too (writes o
 	@status=0; $(PYTEST) -m '' --ignore=tests/faults || status=1; \
 	$(BIN)/python -m pytest -m '' tests/faults || status=1; exit $$status
 
-style: $(STAMP) ## check style and formatting
+style: $(STAMP) ## check style, formatting, types, and that imports run downwards
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/mypy
 
 # By path: LAVIS's wheel installs a package `benchmarks`, which `python -m` would find instead.
 bench: $(STAMP) ## run the benchmarks

@@ -22,6 +22,8 @@ DEMO = [
 ]
 DEV = [
     "build",
+    "import-linter>=2.6; python_version >= '3.10'",
+    "mypy; python_version >= '3.10'",
     "pre-commit",
     "pytest",
     "pytest-timeout",
@@ -29,6 +31,8 @@ DEV = [
     "ruff",
     "setuptools>=64",
     "tensorboard",
+    "types-PyYAML",
+    "types-tqdm",
     "wheel",
 ]
 

@@ -4,7 +4,11 @@ This file runs at every start of the interpreter, through ``lavis_kvmod.pth``. I
 nothing heavy: the public classes are loaded when they are first asked for (PEP 562).
 """
 
+import os
+
 from lavis_kvmod._version import __version__
+
+OFF = "LAVIS_KVMOD_DISABLE"
 
 # To type checkers what `typing.TYPE_CHECKING` is, without importing `typing` at every start.
 TYPE_CHECKING = False
@@ -18,6 +22,11 @@ _LAZY = {
     "Blip2OPTKVMod": "lavis_kvmod.models.blip2_opt_kvmod",
     "KVPrefixGenerator": "lavis_kvmod.models.connectors.kv_prefix",
 }
+
+
+def disabled():
+    """Whether the user has turned the plugin off through the environment."""
+    return os.environ.get(OFF, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
 def __getattr__(name):

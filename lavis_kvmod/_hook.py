@@ -15,13 +15,9 @@ every Python process pays for it. The finder does two things:
 import os
 import sys
 
-_OFF = "LAVIS_KVMOD_DISABLE"
+from lavis_kvmod import OFF, disabled
+
 _COMMANDS = {"lavis.train": "commands/train.py", "lavis.evaluate": "commands/evaluate.py"}
-
-
-def disabled():
-    """Whether the user has turned the plugin off through the environment."""
-    return os.environ.get(_OFF, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
 def install():
@@ -119,7 +115,7 @@ def _activate():
         message = (
             f"lavis-kvmod could not be activated, LAVIS goes on without it: "
             f"{type(error).__name__}: {error}. "
-            f"Reinstall lavis-kvmod, or turn it off with {_OFF}=1."
+            f"Reinstall lavis-kvmod, or turn it off with {OFF}=1."
         )
         try:
             # Up past execute, exec_module and the import system, to the line that imports LAVIS.

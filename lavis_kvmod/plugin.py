@@ -9,6 +9,7 @@ import os
 import sys
 from importlib import import_module
 
+from lavis_kvmod.system.lavis_paths import lavis_registry, set_registry_path
 from lavis_kvmod.system.paths import absolute
 
 _CACHE_ROOT = "LAVIS_CACHE_ROOT"
@@ -30,9 +31,6 @@ _REGISTERED = (
     ("builder", "textvqa", "lavis_kvmod.datasets.textvqa", "TextVQABuilder"),
 )
 
-# The cache root that the latest run file has named, and the one it took the place of.
-_run_file_cache = {}
-
 
 def activate():
     """Make LAVIS know our classes. Calling it again changes nothing.
@@ -45,46 +43,15 @@ def activate():
     """
     classes = [(kind, name, getattr(import_module(module), cls)) for kind, name, module, cls in _REGISTERED]
     for kind, name, cls in [row for row in classes if not _is_registered(*row)]:
-        getattr(_registry(), f"register_{kind}")(name)(cls)
+        getattr(lavis_registry(), f"register_{kind}")(name)(cls)
     _refresh_zoos()
     _wrap_loaders()
     if os.environ.get(_CACHE_ROOT):
         set_registry_path("cache_root", absolute(os.environ[_CACHE_ROOT]))
 
 
-def set_registry_path(name, value):
-    """Set a path in LAVIS's registry, whether or not it is set already.
-
-    LAVIS's own ``register_path`` refuses a second value, so that two runs in one process could not
-    write to different folders.
-    """
-    _registry().mapping["paths"][name] = str(value)
-
-
-def use_cache_root(named_by_run_file=None):
-    """Choose the folder under which LAVIS looks for data, and to which it downloads.
-
-    A run file's ``env.cache_root`` (relative to where the user stands) holds for that run alone: with None, what was
-    in force before comes back, which is ``LAVIS_CACHE_ROOT`` as it stood when LAVIS was imported, or LAVIS's own
-    default (``configs/default.yaml``: a folder under ``/export/home``).
-    """
-    if _run_file_cache and _registry().get_path("cache_root") == _run_file_cache["root"]:
-        set_registry_path("cache_root", _run_file_cache["before"])
-    _run_file_cache.clear()
-    if named_by_run_file is not None:
-        root = str(absolute(named_by_run_file))
-        _run_file_cache.update(root=root, before=_registry().get_path("cache_root"))
-        set_registry_path("cache_root", root)
-
-
-def _registry():
-    from lavis.common.registry import registry
-
-    return registry
-
-
 def _is_registered(kind, name, cls):
-    known = _registry().mapping[f"{kind}_name_mapping"].get(name)
+    known = lavis_registry().mapping[f"{kind}_name_mapping"].get(name)
     if known not in (None, cls):
         raise KeyError(
             f"expected the {kind} name {name!r} to be free for {_full_name(cls)}, got one that "
@@ -134,8 +101,8 @@ def _with_default_model_type(load):
 
 
 def _model_class(name):
-    cls = _registry().get_model_class(name)
+    cls = lavis_registry().get_model_class(name)
     if cls is None:
-        known = ", ".join(_registry().list_models())
+        known = ", ".join(lavis_registry().list_models())
         raise ValueError(f"expected the name of a model, one of {known}; got {name!r}")
     return cls

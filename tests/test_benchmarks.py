@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 from lavis_kvmod.commands.evaluate import evaluate
 from lavis_kvmod.commands.launch import build_runner
 from lavis_kvmod.commands.train import train
-from lavis_kvmod.config.loading import ConfigurationError, load_config
+from lavis_kvmod.config.loading import load_config
 from lavis_kvmod.datasets.lavis_sets import builder_class
+from lavis_kvmod.system.schema import ConfigurationError
 
 IMAGE = {"name": "blip_image_eval", "image_size": 28}
 BALANCED = {"type": "balanced_testdev"}

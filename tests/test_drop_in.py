@@ -14,7 +14,7 @@ from PIL import Image
 
 from lavis_kvmod.commands.evaluate import evaluate
 from lavis_kvmod.commands.train import train
-from lavis_kvmod.plugin import set_registry_path
+from lavis_kvmod.system.lavis_paths import set_registry_path
 from lavis_kvmod.weights import files as checkpoints
 from lavis_kvmod.weights import reading
 

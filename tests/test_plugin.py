@@ -12,6 +12,7 @@ from lavis.models import BaseModel, model_zoo
 
 import lavis_kvmod
 from lavis_kvmod import plugin
+from lavis_kvmod.system import lavis_paths
 
 NAMES = [row[:2] for row in plugin._REGISTERED]
 
@@ -132,7 +133,7 @@ def test_the_loaders_look_as_before_wherever_lavis_keeps_them():
 
 def test_a_registry_path_can_be_set_again(mapping):
     for value in ("/first", "/second"):
-        plugin.set_registry_path("result_dir", value)
+        lavis_paths.set_registry_path("result_dir", value)
         assert registry.get_path("result_dir") == value
 
 
@@ -141,9 +142,9 @@ def test_the_environment_says_where_data_lies(mapping, monkeypatch, tmp_path):
     monkeypatch.setenv("LAVIS_CACHE_ROOT", "data")
     plugin.activate()
     assert registry.get_path("cache_root") == str(tmp_path / "data")
-    plugin.use_cache_root("elsewhere")  # a run file's word goes before it, for that run
+    lavis_paths.use_cache_root("elsewhere")  # a run file's word goes before it, for that run
     assert registry.get_path("cache_root") == str(tmp_path / "elsewhere")
-    plugin.use_cache_root()
+    lavis_paths.use_cache_root()
     assert registry.get_path("cache_root") == str(tmp_path / "data")
 
 

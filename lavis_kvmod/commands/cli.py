@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from lavis_kvmod import __version__, _hook
+from lavis_kvmod import __version__, disabled
 from lavis_kvmod.system.quiet import hide_deprecations
 
 # command -> (module with `add_arguments(parser)` and `main(args)`, what it does)
@@ -39,6 +39,6 @@ def main(argv=None):
             module.add_arguments(command)
             command.set_defaults(run=module.main)
     args = parser.parse_args(argv)
-    if _hook.disabled() and args.command != "doctor":
+    if disabled() and args.command != "doctor":
         parser.error("this command needs the plugin: unset LAVIS_KVMOD_DISABLE")
     return args.run(args) or 0

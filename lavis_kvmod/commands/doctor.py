@@ -9,7 +9,7 @@ import sys
 import warnings
 from typing import Callable, List, Sequence
 
-from lavis_kvmod import __version__, _hook
+from lavis_kvmod import __version__, disabled
 from lavis_kvmod.doctor import machine, versions
 from lavis_kvmod.doctor.findings import WRONG, Finding, Section, render, stops
 
@@ -50,11 +50,11 @@ def examine(cfg_path=None, options: Sequence[str] = ()) -> List[Section]:
         sections.append(Section("Machine", machine.device_findings(here)))
     except Exception as error:
         sections.append(Section("Machine", [versions.import_finding("torch", error)]))
-    if cfg_path and lavis_works and not _hook.disabled():
+    if cfg_path and lavis_works and not disabled():
         # Before the places: the run file may say where data lies.
         from_run_file = Section(f"Run file {cfg_path}", _guarded(lambda: _run_file(cfg_path, options, here)))
     elif cfg_path:
-        first = "mend the above first" if not _hook.disabled() else "unset LAVIS_KVMOD_DISABLE"
+        first = "mend the above first" if not disabled() else "unset LAVIS_KVMOD_DISABLE"
         from_run_file = Section(
             f"Run file {cfg_path}", [Finding(WRONG, "cannot be looked at without the plugin", first)]
         )
@@ -69,7 +69,7 @@ def _installation() -> List[Finding]:
     if error is not None:
         return [*found, versions.import_finding("lavis", error, output)]
     plugin = versions.plugin_finding(
-        disabled=_hook.disabled(), hooked=_hooked(), active=_is_active(), warning=" ".join(warned)
+        disabled=disabled(), hooked=_hooked(), active=_is_active(), warning=" ".join(warned)
     )
     return [*found, plugin]
 

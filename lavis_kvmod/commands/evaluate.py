@@ -9,8 +9,8 @@ import sys
 from typing import Any, Dict, Optional, Sequence
 
 from lavis_kvmod.commands.launch import build_runner, load_config, run_command
-from lavis_kvmod.config.loading import ConfigurationError
 from lavis_kvmod.system.distributed import get_rank
+from lavis_kvmod.system.schema import ConfigurationError
 
 
 def evaluate(cfg_path: str, options: Sequence[str] = ()) -> Optional[Dict[str, Any]]:

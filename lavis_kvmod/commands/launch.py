@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from lavis_kvmod.config.loading import ConfigurationError, KVModConfig, load_config
+from lavis_kvmod.config.loading import KVModConfig, load_config
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.runners.run_folder import RunFolderError
 from lavis_kvmod.system.distributed import from_main, get_rank, init_distributed, leaves_group
 from lavis_kvmod.system.quiet import hide_deprecations
+from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.weights.files import CheckpointError
 
 # What the user can mend: told without a traceback.

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
 from lavis_kvmod.commands.launch import set_up_logging
-from lavis_kvmod.config.loading import ConfigurationError, load_config
+from lavis_kvmod.config.loading import load_config
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy
 from lavis_kvmod.datasets.checks import builder_getter
 from lavis_kvmod.datasets.shards.counting import write_indices
 from lavis_kvmod.datasets.shards.files import Shard, read_index
 from lavis_kvmod.datasets.shards.packing import Packer, PackSettings, items_of, readable
 from lavis_kvmod.datasets.shards.rows import CAPTION, VQA
+from lavis_kvmod.system.schema import ConfigurationError
 
 SEED = 42
 

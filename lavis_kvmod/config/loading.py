@@ -15,10 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lavis_kvmod.datasets.checks import data_problems, keep_used_splits, kind_problems
 from lavis_kvmod.models.settings import ModelSettings, SettingsError
-from lavis_kvmod.plugin import use_cache_root
 from lavis_kvmod.runners.settings import RUNNER_KEYS, runner_problems
+from lavis_kvmod.system.lavis_paths import use_cache_root
 from lavis_kvmod.system.paths import resolve_config
 from lavis_kvmod.system.precision import amp_problems, cuda_capability
+from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.system.sharding import sharding_problems
 from lavis_kvmod.tasks.settings import RUN_KEYS, task_problems
 from lavis_kvmod.weights.files import quick_problem
@@ -26,7 +27,6 @@ from lavis_kvmod.weights.finding import WeightFile
 
 ARCH = "blip2_opt_kvmod"
 SECTIONS = ("model", "datasets", "run", "env", "preprocess")
-DEMO_RUN_FILE = "projects/kvmod/demo_vqa.yaml"
 
 # LAVIS reads these keys without a default; these are its recipes' values.
 RUN_DEFAULTS: Dict[str, Any] = {
@@ -58,20 +58,6 @@ OPTIONAL_RUN_KEYS = set(
     "max_iters iters_per_inner_epoch k_test rank gpu dist_backend length_penalty top_p temperature "
     "repetition_penalty task_type".split()
 ).union(RUN_KEYS, RUNNER_KEYS)
-
-
-class ConfigurationError(ValueError):
-    """Everything that keeps a run from starting."""
-
-    def __init__(self, cfg_path, problems: Sequence[str]):
-        self.problems = list(problems)
-        things = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(
-            f"{cfg_path} cannot run here: {things}\n"
-            + "\n".join(f"  - {problem}" for problem in problems)
-            + f"\nTo see a run that needs no GPU, no download and no data: "
-            f"python -m lavis.train --cfg-path {DEMO_RUN_FILE}"
-        )
 
 
 class KVModConfig(Config):

@@ -7,9 +7,9 @@ from omegaconf import DictConfig
 
 from lavis_kvmod.datasets.annotated import Annotation
 from lavis_kvmod.datasets.bad_samples import BadDataError
+from lavis_kvmod.datasets.normalisation import normalise
 from lavis_kvmod.datasets.official import BenchmarkFile, entries, image_path
 from lavis_kvmod.datasets.vqav2 import OfficialVQABuilder
-from lavis_kvmod.tasks.vqa_accuracy import normalise
 
 __all__ = ["TextVQABuilder"]
 

@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_kvmod.config.loading import ARCH, ConfigurationError, KVModConfig, load_config
+from lavis_kvmod.config.loading import ARCH, KVModConfig, load_config
 from lavis_kvmod.datasets.storage import stored, strings
 from lavis_kvmod.doctor.findings import MISSING, NOTE, OK, WARN, WRONG, Finding
 from lavis_kvmod.doctor.machine import GIB, Machine, gib, hf_cache, nearest, torch_hub
@@ -28,6 +28,7 @@ from lavis_kvmod.models.settings import ModelSettings, SettingsError
 from lavis_kvmod.runners.saving import KEEP_LAST
 from lavis_kvmod.system.paths import absolute, resolve_config
 from lavis_kvmod.system.precision import amp_dtype
+from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.weights.finding import WeightFile
 
 # Words by which a problem is told that something is not there, rather than that it is wrong.

@@ -21,7 +21,6 @@ from lavis.runners.runner_base import RunnerBase
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_kvmod.models.parts import parts_table
-from lavis_kvmod.plugin import set_registry_path
 from lavis_kvmod.runners.environment import environment
 from lavis_kvmod.runners.epochs import TrainsEpochs
 from lavis_kvmod.runners.loaders import EpochLoader, EvalLoader, StreamLoader, stay_calm, stream_of
@@ -34,6 +33,7 @@ from lavis_kvmod.runners.signals import StopSignals
 from lavis_kvmod.runners.steps import GradientStep
 from lavis_kvmod.runners.training_state import RunState
 from lavis_kvmod.system.distributed import from_main, get_rank, get_world_size, on_main
+from lavis_kvmod.system.lavis_paths import set_registry_path
 from lavis_kvmod.system.precision import amp_dtype, needs_grad_scaler
 from lavis_kvmod.system.sharding import shard_language_model
 from lavis_kvmod.weights.files import CheckpointError

@@ -5,9 +5,9 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from lavis.tasks.vqa import VQATask
 
-from lavis_kvmod.config.loading import ConfigurationError
 from lavis_kvmod.datasets.answer_list import read_answer_list
 from lavis_kvmod.models.language.text import QUESTION
+from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.tasks.datasets import BuildsDatasets
 from lavis_kvmod.tasks.evaluation import DatasetEvaluation, Row, plain_id, unscored, with_scores
 from lavis_kvmod.tasks.ground_truth import Truth, official_truth, truth_of

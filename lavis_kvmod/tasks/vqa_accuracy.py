@@ -1,31 +1,15 @@
 """How right an answer is: VQA's soft accuracy where people disagreed, exact match where there is one answer.
 
-Normalisation is the official evaluation's, which LAVIS carries (``lavis/common/vqa_tools/vqa_eval.py``).
+Normalisation is the official evaluation's: see `lavis_kvmod.datasets.normalisation`.
 """
 
 from collections import defaultdict
-from functools import lru_cache
 from typing import Dict, Iterable, List, NamedTuple
 
-from lavis.common.vqa_tools.vqa_eval import VQAEval
+from lavis_kvmod.datasets.normalisation import normalise, without_punctuation
 
 # With fewer annotators than this, leave-one-out averaging could not reach 1.
 ANNOTATORS_FOR_CONSENSUS = 4
-
-
-@lru_cache(maxsize=1)
-def _official() -> VQAEval:
-    return VQAEval()
-
-
-@lru_cache(maxsize=100_000)
-def normalise(answer: str) -> str:
-    """An answer without punctuation, articles and case, numbers as digits."""
-    return _official().processDigitArticle(_without_punctuation(answer))
-
-
-def _without_punctuation(answer: str) -> str:
-    return _official().processPunctuation(answer.replace("\n", " ").replace("\t", " ").strip())
 
 
 def is_soft(answers: List[str]) -> bool:
@@ -63,7 +47,7 @@ def _as_compared(answers: List[str]) -> List[str]:
     """What the official evaluation compares the normalised prediction with."""
     if len(set(answers)) == 1:
         return answers
-    return [_official().processPunctuation(answer) for answer in answers]
+    return [without_punctuation(answer) for answer in answers]
 
 
 class Scored(NamedTuple):

@@ -21,9 +21,10 @@ from PIL import Image
 
 from lavis_kvmod.commands import cli
 from lavis_kvmod.commands.pack import pack
-from lavis_kvmod.config.loading import ConfigurationError, load_config
+from lavis_kvmod.config.loading import load_config
 from lavis_kvmod.datasets.shards.builders import WdsVQABuilder
 from lavis_kvmod.datasets.shards.files import read_index
+from lavis_kvmod.system.schema import ConfigurationError
 
 
 @pytest.fixture()

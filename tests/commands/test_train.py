@@ -13,7 +13,7 @@ from PIL import Image
 from lavis_kvmod.commands.evaluate import evaluate
 from lavis_kvmod.commands.launch import build_runner, load_config
 from lavis_kvmod.commands.train import train
-from lavis_kvmod.config.loading import ConfigurationError
+from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.weights import files as checkpoints
 
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (20, 150, 40)}

@@ -7,10 +7,11 @@ import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
-from lavis_kvmod.config.loading import ConfigurationError, load_config
+from lavis_kvmod.config.loading import load_config
 from lavis_kvmod.models.settings import ModelSettings, SettingsError
 from lavis_kvmod.runners.runner_kvmod import RunnerKVMod
 from lavis_kvmod.system.paths import resource
+from lavis_kvmod.system.schema import ConfigurationError
 
 DEMO = "projects/kvmod/demo_vqa.yaml"
 ALL_YAML = sorted(

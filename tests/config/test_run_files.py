@@ -12,11 +12,12 @@ from omegaconf import OmegaConf
 
 from lavis_kvmod.commands.evaluate import evaluate
 from lavis_kvmod.commands.train import train
-from lavis_kvmod.config.loading import OPTIONAL_RUN_KEYS, RUN_DEFAULTS, ConfigurationError, load_config
+from lavis_kvmod.config.loading import OPTIONAL_RUN_KEYS, RUN_DEFAULTS, load_config
 from lavis_kvmod.datasets import digits as digits_data
 from lavis_kvmod.demo import digits
 from lavis_kvmod.models.settings import ModelSettings
 from lavis_kvmod.system.paths import resource
+from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.weights import files as checkpoints
 
 FOLDER = resource("projects/kvmod")

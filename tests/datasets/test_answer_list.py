@@ -3,9 +3,10 @@ import logging
 
 import pytest
 
-from lavis_kvmod.config.loading import ConfigurationError, load_config
+from lavis_kvmod.config.loading import load_config
 from lavis_kvmod.datasets.answer_list import read_answer_list
 from lavis_kvmod.datasets.builder import VQABuilder
+from lavis_kvmod.system.schema import ConfigurationError
 
 
 def test_json_and_text(tmp_path, caplog):

@@ -14,9 +14,10 @@ from omegaconf import OmegaConf
 from lavis_kvmod.commands.evaluate import evaluate
 from lavis_kvmod.commands.pack import pack
 from lavis_kvmod.commands.train import train
-from lavis_kvmod.config.loading import ConfigurationError, load_config
+from lavis_kvmod.config.loading import load_config
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.demo import digits
+from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.weights import files as checkpoints
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"

@@ -11,12 +11,12 @@ from omegaconf import OmegaConf
 from lavis_kvmod import Blip2OPTKVMod
 from lavis_kvmod.commands.launch import build_runner, load_config
 from lavis_kvmod.commands.train import main, train
-from lavis_kvmod.config.loading import ConfigurationError
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.runners import epochs, run_log
 from lavis_kvmod.runners.environment import git_revision
 from lavis_kvmod.runners.pace import Pace
 from lavis_kvmod.runners.training_state import get_rng_state, set_rng_state
+from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.tasks.vqa import KVModVQATask
 from lavis_kvmod.weights import files as checkpoints
 

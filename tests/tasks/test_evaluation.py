@@ -14,11 +14,12 @@ from PIL import Image
 from skimage import data
 from torch.utils.data import DataLoader
 
-from lavis_kvmod.config.loading import ConfigurationError, load_config
+from lavis_kvmod.config.loading import load_config
 from lavis_kvmod.datasets.annotated import CaptionEvalData, VQAEvalData
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy
 from lavis_kvmod.datasets.digits import DigitsVQABuilder
-from lavis_kvmod.plugin import set_registry_path
+from lavis_kvmod.system.lavis_paths import set_registry_path
+from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.tasks import evaluation as evaluation_module
 from lavis_kvmod.tasks.batches import steps
 from lavis_kvmod.tasks.captioning import KVModCaptionTask

@@ -16,7 +16,7 @@ from PIL import Image
 from skimage import data
 from torch.utils.data import DataLoader
 
-from lavis_kvmod.plugin import set_registry_path
+from lavis_kvmod.system.lavis_paths import set_registry_path
 from lavis_kvmod.tasks.captioning import KVModCaptionTask
 from lavis_kvmod.tasks.vqa import KVModVQATask
 

@@ -277,7 +277,7 @@ def test_shards_that_are_missing_are_all_named_with_where_they_were_looked_for(v
 
 
 def test_a_relative_pattern_is_looked_for_here_and_in_the_cache(vqa_shards, tmp_path, monkeypatch):
-    from lavis_kvmod.plugin import set_registry_path
+    from lavis_kvmod.system.lavis_paths import set_registry_path
 
     folder = vqa_shards([1, 1])
     monkeypatch.chdir(folder.parent)
