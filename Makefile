@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full style bench clean full-size memory parity
+.PHONY: help demo test test-full style map bench clean full-size memory parity
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 20
@@ -36,6 +36,9 @@ style: $(STAMP) ## check style, formatting, types, and that imports run downward
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/mypy
+
+map: $(STAMP) ## write the lists of rooms in README.md and docs/architecture.md anew
+	@$(BIN)/python docs/map.py
 
 # By path: LAVIS's wheel installs a package `benchmarks`, which `python -m` would find instead.
 bench: $(STAMP) ## run the benchmarks

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lavis
 import pytest
 
 from lavis_kvmod.models.blip2_opt_kvmod import Blip2OPTKVMod
@@ -12,6 +13,7 @@ from lavis_kvmod.models.settings import ModelSettings
 from lavis_kvmod.system.paths import resolve_config
 
 ROOT = Path(__file__).parent.parent
+LAVIS = Path(lavis.__file__).parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 CODE = "\n".join(re.findall(r"```(?:bash|python)\n(.*?)```", TEXT, re.DOTALL)) + "\n".join(
@@ -31,6 +33,13 @@ def test_make_targets_exist(target):
 @pytest.mark.parametrize("path", found(r"projects/[\w./-]+\.yaml"))
 def test_run_files_exist(path):
     assert resolve_config(path).is_file()
+
+
+@pytest.mark.parametrize("path", found(r"(?<![\w./-])(?:[a-z_]\w*/)*[a-z_]\w*\.py\b"))
+def test_source_files_exist(path):
+    """Named from the package or from the root, or LAVIS's; those that a walk-through makes are the reader's."""
+    bases = (ROOT, ROOT / "lavis_kvmod", *([LAVIS.parent] if path.startswith("lavis/") else []))
+    assert path in ("ask.py", "make_folder.py") or any((base / path).is_file() for base in bases)
 
 
 @pytest.mark.parametrize("module", found(r"python -m (lavis\.\w+)"))

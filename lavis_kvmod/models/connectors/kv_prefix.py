@@ -41,7 +41,7 @@ class KVPrefixGenerator(nn.Module):
     """Writes a Key/Value prefix from pooled image features.
 
     An MLP brings the features to the Q-Former's width; the result shifts a set of learnable prefix tokens, and two
-    projections turn those into Keys and Values, split into heads (DESIGN: "KV-prefix generator").
+    projections turn those into Keys and Values, split into heads (docs/architecture.md).
 
     Args:
         feature_dim: width of the auxiliary encoder's pooled features (1536 for EfficientNet-B3).
