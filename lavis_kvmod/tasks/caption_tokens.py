@@ -13,6 +13,8 @@ from typing import List, NamedTuple, Optional, Sequence
 
 from pycocoevalcap.tokenizer import ptbtokenizer
 
+from lavis_kvmod.system.text_cleaning import one_line
+
 PTB, SIMPLE = "ptb", "simple"
 
 _PUNCTUATION = frozenset(ptbtokenizer.PUNCTUATIONS)
@@ -34,7 +36,7 @@ class Tokenised(NamedTuple):
 
 def tokenise(captions: Sequence[str]) -> Tokenised:
     """Tokenise with PTB's tokeniser if Java runs here, else with `simple_tokens`."""
-    lines = [one_line(caption) for caption in captions]
+    lines = [one_line(caption) for caption in captions]  # a carriage return would shift all captions behind it by one
     reason = java_problem()
     if reason is None:
         try:
@@ -42,11 +44,6 @@ def tokenise(captions: Sequence[str]) -> Tokenised:
         except (OSError, RuntimeError) as error:
             reason = f"PTB's tokeniser failed ({error})"
     return Tokenised([" ".join(simple_tokens(line)) for line in lines], SIMPLE, reason)
-
-
-def one_line(caption: str) -> str:
-    """A caption without line breaks of any kind: a carriage return would shift all captions behind it by one."""
-    return " ".join(caption.split())
 
 
 def simple_tokens(caption: str) -> List[str]:

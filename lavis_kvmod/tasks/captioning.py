@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Sequence, Set, Tuple
 
 from lavis.tasks.captioning import CaptionTask
 
-from lavis_kvmod.models.language.text import one_each
+from lavis_kvmod.system.text_cleaning import one_line
 from lavis_kvmod.tasks.caption_metrics import METRICS, CaptionScores, aggregate, score_captions
 from lavis_kvmod.tasks.datasets import BuildsDatasets
 from lavis_kvmod.tasks.evaluation import DatasetEvaluation, Row, plain_id, unscored, with_scores
@@ -48,15 +48,6 @@ class KVModCaptionTask(DatasetEvaluation, CaptionTask, BuildsDatasets):
     def has_targets(self, samples: Dict[str, Any]) -> bool:
         """Whether a batch carries captions, as our data sets' do."""
         return "text_input" in samples and all(text.strip() for text in samples["text_input"])
-
-    def as_trained(self, model, samples: Dict[str, Any]) -> Dict[str, Any]:
-        """``samples`` with the model's prompt in front of the captions: in training the text processor puts it there,
-        in evaluation it does not, since captions are generated from it."""
-        captions = samples["text_input"]
-        prompts = one_each(samples.get("prompt", getattr(model, "prompt", "")), len(captions))
-        begun = [(prompt.strip(), caption) for prompt, caption in zip(prompts, captions)]
-        samples["text_input"] = [c if c.startswith(prompt) else f"{prompt} {c}" for prompt, c in begun]
-        return samples
 
     def valid_step(self, model, samples) -> List[Row]:
         """One caption for each image of a batch."""
@@ -161,4 +152,4 @@ def _is_exact(caption: str, references: Sequence[str]) -> bool:
 
 
 def _plain(caption: str) -> str:
-    return " ".join(caption.lower().split())
+    return one_line(caption).lower()

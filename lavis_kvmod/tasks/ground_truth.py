@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
+from lavis_kvmod.system.text_cleaning import one_line
+
 _ANSWER_KEYS = ("answer", "answers", "direct_answers")
 
 
@@ -32,12 +34,15 @@ def truth_of(annotation: Dict[str, Any], official: Optional[Dict[str, Truth]] = 
     if known is not None:
         return known
     answers = next((annotation[key] for key in _ANSWER_KEYS if annotation.get(key) is not None), [])
-    return Truth(_texts(answers), annotation.get("question_type") or "", annotation.get("answer_type") or "")
+    # On one line, as predictions are; the official files are left as the official evaluation reads them.
+    return Truth(
+        list(map(one_line, _texts(answers))), annotation.get("question_type") or "", annotation.get("answer_type") or ""
+    )
 
 
 def captions_of(annotation: Dict[str, Any]) -> List[str]:
     """The captions of an image; empty where there are none."""
-    return [caption for caption in _texts(annotation.get("caption") or []) if caption.strip()]
+    return [caption for caption in map(one_line, _texts(annotation.get("caption") or [])) if caption]
 
 
 @lru_cache(maxsize=2)  # a validation and a test split

@@ -5,7 +5,8 @@ import pytest
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from lavis_kvmod.demo import digits
-from lavis_kvmod.tasks.caption_tokens import java_problem, one_line, simple_tokens, tokenise
+from lavis_kvmod.system.text_cleaning import one_line
+from lavis_kvmod.tasks.caption_tokens import java_problem, simple_tokens, tokenise
 
 HAND_WRITTEN = [
     "A man's dog, running -- fast!",

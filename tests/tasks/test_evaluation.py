@@ -300,13 +300,15 @@ def test_loss_is_the_mean_over_the_splits_tokens(build, questions, captions, res
 
 
 def test_loss_of_captions_is_behind_the_prompt_as_in_training(build, captions, result_dir):
-    """The training text processor puts it there, the evaluation one does not."""
+    """Whether a text processor puts it there or not; captions are generated from it."""
     model, dataset = build(prompt="a photo of").eval(), captions()
     got = evaluate(KVModCaptionTask(**CAPTIONING), model, dataset)["loss"]
     processor = BlipCaptionProcessor(prompt="a photo of ")
     batch = {**whole_batch(dataset), "text_input": [processor(text) for text in PHOTOS.values()]}
     with torch.no_grad():
         assert got == pytest.approx(model(batch)["loss"].item(), rel=1e-5)
+        assert got == pytest.approx(model(whole_batch(dataset))["loss"].item(), rel=1e-5)
+        model.prompt = ""
         assert got != pytest.approx(model(whole_batch(dataset))["loss"].item(), rel=1e-2)
 
 

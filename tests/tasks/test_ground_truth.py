@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from lavis_kvmod.tasks.ground_truth import Truth, captions_of, official_truth, read_official, truth_of
+from lavis_kvmod.tasks.vqa_accuracy import accuracy
 
 
 @pytest.mark.parametrize(
@@ -15,12 +16,19 @@ from lavis_kvmod.tasks.ground_truth import Truth, captions_of, official_truth, r
         ({"answers": [{"answer": "red", "answer_id": 1}]}, ["red"]),  # the official layout
         ({"answer": 2}, ["2"]),
         ({"answer": None, "answers": ["x"]}, ["x"]),
+        ({"answer": "red\ntwo "}, ["red two"]),
         ({"answer": []}, []),
         ({}, []),
     ],
 )
 def test_answers_under_each_of_lavis_keys(annotation, answers):
     assert truth_of(annotation).answers == answers
+
+
+def test_references_are_on_one_line():
+    """As predictions are, or no prediction could equal them; without words there is no caption."""
+    assert captions_of({"caption": ["a\ncat ", " \n", "two\tdogs"]}) == ["a cat", "two dogs"]
+    assert accuracy("dark red", truth_of({"answer": ["dark\nred"] * 10}).answers) == 1.0
 
 
 def test_types_are_kept():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lavis_kvmod.models.language.text import IGNORED, TextBatch, answer_ids, continuation_batch, prompt_batch
 from lavis_kvmod.system.sharding import is_sharded
+from lavis_kvmod.system.text_cleaning import one_line
 
 # Rows that answer ranking has in the language model at once: OPT-2.7B keeps 0.3 MB of Keys and Values a position
 # and row in half precision, so 2 GB for 128 rows of 50 positions.
@@ -144,7 +145,7 @@ def rank_answers(
         totals = first[rows, text.input_ids[:, 0]] + later
         for (row, candidate), total in zip(group, totals.tolist()):
             if total > best[row].log_prob:
-                best[row] = ScoredAnswer(candidates[candidate].strip(), total, len(ids[candidate]))
+                best[row] = ScoredAnswer(one_line(candidates[candidate]), total, len(ids[candidate]))
     return best
 
 

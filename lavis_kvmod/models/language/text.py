@@ -9,6 +9,8 @@ from typing import List, NamedTuple, Optional, Sequence, Union
 import torch
 from torch import Tensor
 
+from lavis_kvmod.system.text_cleaning import one_line
+
 IGNORED = -100  # label of a position without loss, as torch.nn.functional.cross_entropy has it
 QUESTION = "{}"
 
@@ -83,14 +85,16 @@ def _fit(tokenizer, template: str, question: str, max_length: int) -> List[int]:
 
 
 def answer_ids(tokenizer, answer: str, what: str = "the answer") -> List[int]:
-    """Tokens of an answer as the model is to write it: a leading space, the text, the closing newline; never cut.
+    """Tokens of an answer as the model is to write it: a leading space, the text on one line, the closing newline;
+    never cut.
 
     Raises:
         ValueError: for an empty answer; ``what`` names it.
     """
-    if not answer.strip():
+    answer = one_line(answer)
+    if not answer:
         raise ValueError(f"{what} is empty")
-    return tokenizer(f" {answer.strip()}\n", add_special_tokens=False).input_ids
+    return tokenizer(f" {answer}\n", add_special_tokens=False).input_ids
 
 
 def answer_batch(tokenizer, contexts: Sequence[List[int]], answers: Sequence[str], device) -> TextBatch:
@@ -110,26 +114,39 @@ def continuation_batch(tokenizer, contexts: Sequence[List[int]], added: Sequence
     return _pad(tokenizer, rows, labels, side="right", device=device)
 
 
-def caption_batch(tokenizer, captions: Sequence[str], prompt: Prompt, max_length: int, device) -> TextBatch:
-    """Captions (with the prompt in front, where the text processor put it), padded on the right.
+def caption_contexts(tokenizer, prompt: Prompt, count: int) -> List[List[int]]:
+    """Token ids that each of ``count`` captions is trained, validated and generated behind: BOS and its prompt."""
+    return [tokenizer(start.rstrip()).input_ids for start in one_each(prompt, count)]
 
-    As in LAVIS, at most ``max_length`` tokens are kept and the prompt has no loss; unlike there, only a prompt that
-    the text really starts with is taken out of the loss.
+
+def caption_batch(tokenizer, captions: Sequence[str], prompt: Prompt, max_length: int, device) -> TextBatch:
+    """Captions behind their prompt, padded on the right; the loss is on the captions alone.
+
+    A prompt that stands in front already, as LAVIS's text processors can put it there, is not put there again. As in
+    LAVIS, at most ``max_length`` tokens are kept, the prompt's counted, and without a prompt BOS has a loss, too.
 
     Raises:
         ValueError: for an empty caption.
     """
-    rows, labels = [], []
+    contexts, targets = caption_contexts(tokenizer, prompt, len(captions)), []
     for i, (caption, start) in enumerate(zip(captions, one_each(prompt, len(captions)))):
         if not caption.strip():
             raise ValueError(f"caption {i} of the batch is empty")
-        ids = tokenizer(caption + "\n").input_ids[:max_length]
-        skipped = tokenizer(start.rstrip()).input_ids[: len(ids)] if start else []
-        if ids[: len(skipped)] != skipped:
-            skipped = []
-        rows.append(ids)
-        labels.append([IGNORED] * len(skipped) + ids[len(skipped) :])
-    return _pad(tokenizer, rows, labels, side="right", device=device)
+        said = without_prompt(caption, start)
+        space = " " if said and start.strip() else ""
+        ids = contexts[i] + tokenizer(f"{space}{said}\n", add_special_tokens=False).input_ids
+        without_loss = len(contexts[i]) if start.strip() else 0
+        contexts[i], target = ids[:max_length][:without_loss], ids[:max_length][without_loss:]
+        targets.append(target)
+    return continuation_batch(tokenizer, contexts, targets, device)
+
+
+def without_prompt(caption: str, prompt: str) -> str:
+    """``caption`` on one line, without ``prompt`` (in whatever case) where it begins with it."""
+    caption, prompt = one_line(caption), one_line(prompt)
+    start, rest = caption[: len(prompt)], caption[len(prompt) :]
+    cuts_a_word = prompt[-1:].isalnum() and rest[:1].isalnum()
+    return rest.strip() if start.lower() == prompt.lower() and not cuts_a_word else caption
 
 
 def prompt_batch(tokenizer, contexts: Sequence[List[int]], device) -> TextBatch:

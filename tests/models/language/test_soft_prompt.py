@@ -125,3 +125,12 @@ def test_confidence_of_several_captions(build, images):
     torch.manual_seed(0)
     assert [caption.answer for caption in scored] == model.generate({"image": images(2)}, **sampling)
     assert len(scored) == 6 and len({caption.log_prob for caption in scored}) > 1
+
+
+def test_a_candidate_with_a_line_break_is_ranked_as_one_line(build, images):
+    model, batch = build().eval(), asked(images)
+    ranked = [
+        model.predict_answers(batch, inference_method="rank", answer_list=answers, prompt=PROMPT, return_scores=True)
+        for answers in ([f"a cat{between}on a mat" for between in ("\n", "\t ", "\r\n")], ["a cat on a mat"])
+    ]
+    assert ranked[0] == ranked[1] and ranked[0][0].answer == "a cat on a mat"

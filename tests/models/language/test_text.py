@@ -2,7 +2,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lavis_kvmod.models.language.text import IGNORED, answer_batch, caption_batch, prompt_batch, question_contexts
+from lavis_kvmod.models.language.text import (
+    IGNORED,
+    answer_batch,
+    answer_ids,
+    caption_batch,
+    caption_contexts,
+    prompt_batch,
+    question_contexts,
+)
 
 PROMPT = "Question: {} Short answer:"
 
@@ -17,9 +25,9 @@ def test_context_and_answer_are_what_the_whole_text_would_be(tokenizer):
     text = answer_batch(tokenizer, contexts, ["seven"], "cpu")
     whole = tokenizer("Question: which digit is written Short answer: seven\n").input_ids
     assert text.input_ids[0].tolist() == whole
-    learned = text.labels[0] != IGNORED
-    assert tokenizer.decode(text.input_ids[0][learned]) == " seven\n"
-    assert torch.equal(text.labels[0][learned], text.input_ids[0][learned])
+    has_loss = text.labels[0] != IGNORED
+    assert tokenizer.decode(text.input_ids[0][has_loss]) == " seven\n"
+    assert torch.equal(text.labels[0][has_loss], text.input_ids[0][has_loss])
 
 
 def test_a_long_question_loses_its_own_end_not_the_prompts(tokenizer):
@@ -47,7 +55,38 @@ def test_padding_sides(tokenizer):
     assert right.labels[0, :3].tolist() == [IGNORED] * 3
 
 
-def test_only_a_prompt_that_is_there_is_taken_out_of_the_loss(tokenizer):
-    text = caption_batch(tokenizer, ["a photo of a cat", "the mat on a cat"], "a photo of", 32, "cpu")
-    kept = [tokenizer.decode(i[lab != IGNORED]) for i, lab in zip(text.input_ids, text.labels)]
-    assert kept == [" a cat\n", "</s>the mat on a cat\n"]
+def learned(tokenizer, text):
+    """What each row of a batch is, and which part of it has a loss."""
+    rows = zip(text.input_ids, text.attention_mask.bool(), text.labels)
+    return [(tokenizer.decode(ids[seen]), tokenizer.decode(ids[labels != IGNORED])) for ids, seen, labels in rows]
+
+
+def test_a_prompt_stands_in_front_of_every_caption_once_and_has_no_loss(tokenizer):
+    """Whether the text processor put it there or not: captions are generated from it."""
+    captions = ["a photo of a cat", "the mat on a cat", "A photo of  a cat", "a photo often", "a photo of"]
+    text = caption_batch(tokenizer, captions, "a photo of ", 32, "cpu")
+    assert learned(tokenizer, text) == [
+        ("</s>a photo of a cat\n", " a cat\n"),
+        ("</s>a photo of the mat on a cat\n", " the mat on a cat\n"),
+        ("</s>a photo of a cat\n", " a cat\n"),
+        ("</s>a photo of a photo often\n", " a photo often\n"),
+        ("</s>a photo of\n", "\n"),
+    ]
+    (context,) = caption_contexts(tokenizer, "a photo of", 1)
+    assert text.input_ids[0].tolist()[: len(context)] == context  # what generation starts from
+    without = caption_batch(tokenizer, ["a cat"], "", 32, "cpu")
+    assert learned(tokenizer, without) == [("</s>a cat\n", "</s>a cat\n")]
+
+
+def test_a_caption_is_cut_at_its_greatest_length(tokenizer):
+    text = caption_batch(tokenizer, ["a cat on a mat"], "a photo of", 6, "cpu")
+    assert text.input_ids.shape == (1, 6) and (text.labels != IGNORED).sum() == 2
+
+
+@pytest.mark.parametrize("between", ["\n", "\r\n", " \t ", "\u2028"])
+def test_line_breaks_in_targets_are_spaces(tokenizer, between):
+    """The newline is where generation stops: a target with one inside could never be said."""
+    said = f"red{between}two\n"
+    assert answer_ids(tokenizer, said) == answer_ids(tokenizer, "red two")
+    of_caption = caption_batch(tokenizer, [f"a photo{between}of a cat{between}on a mat"], "a photo of", 32, "cpu")
+    assert learned(tokenizer, of_caption) == [("</s>a photo of a cat on a mat\n", " a cat on a mat\n")]
