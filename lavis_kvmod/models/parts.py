@@ -1,8 +1,15 @@
-"""The model's parts as a table: how many parameters, trained or frozen, in what dtype, how many bytes."""
+"""What is trained and what is frozen, and the parts as a table: how many parameters, in what dtype, how many bytes."""
 
-from typing import List, NamedTuple, Sequence
+from typing import Iterable, List, NamedTuple, Sequence, Tuple, Union
 
 from torch import nn
+
+
+def train_only(model: nn.Module, parts: Iterable[str]) -> None:
+    """Freeze ``model``, but for the modules and parameters of these attribute names."""
+    model.requires_grad_(False)
+    for part in parts:
+        getattr(model, part).requires_grad_(True)
 
 
 class PartSummary(NamedTuple):
@@ -15,7 +22,7 @@ class PartSummary(NamedTuple):
     bytes: int
 
 
-def summarise(name: str, part) -> PartSummary:
+def summarise(name: str, part: Union[nn.Module, nn.Parameter]) -> PartSummary:
     """The row of a module or a single parameter."""
     parameters: List[nn.Parameter] = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
     dtypes = sorted({str(p.dtype).replace("torch.", "") for p in parameters})
@@ -42,5 +49,5 @@ def parts_table(parts: Sequence[PartSummary]) -> str:
     )
 
 
-def _cells(name: str, parameters: int, state: str, dtype: str, size: int):
+def _cells(name: str, parameters: int, state: str, dtype: str, size: int) -> Tuple[str, str, str, str, str]:
     return name, f"{parameters:,}", state, dtype, f"{size:,}"

@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from lavis_kvmod import Blip2OPTKVMod
 from lavis_kvmod.memory.estimate import estimate
 from lavis_kvmod.memory.ledger import Ledger
-from lavis_kvmod.models import blip2_opt_kvmod
+from lavis_kvmod.models import base
 from lavis_kvmod.models.language import opt
 
 QUERIES = 5  # of the small models in conftest.py
@@ -65,7 +65,7 @@ HALF = {"opt_precision": "bf16", "vit_precision": "bf16"}  # which a CPU without
     ],
 )
 def test_a_training_step_takes_what_was_computed(build, model_config, images, monkeypatch, overrides, has_bf16):
-    monkeypatch.setattr(blip2_opt_kvmod, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(base, "cpu_has_bf16", lambda: has_bf16)
     model = build(**overrides).float().train()  # as LAVIS's loader has it on the CPU
     batch = {"image": images(80), "text_input": [CAPTION] * 80}  # enough for activations to outweigh AdamW
     kept, saved, peak = real_step(model, batch)

@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lavis_kvmod import Blip2OPTKVMod
+from lavis_kvmod.models.language.answers import answers_of
 from lavis_kvmod.weights import files as checkpoints
 from lavis_kvmod.weights import reading
 from lavis_kvmod.weights.files import CheckpointError
@@ -334,23 +335,21 @@ def test_all_answers_weighted(build, vqa_batch):
     assert torch.allclose(out["loss_weight"], torch.as_tensor(mass))
 
 
-def test_sampled_answers_follow_their_weights(build, vqa_batch):
-    model = build()
+def test_sampled_answers_follow_their_weights(vqa_batch):
     torch.manual_seed(0)
-    drawn = [model._answers(vqa_batch)[1] for _ in range(400)]
+    drawn = [answers_of(vqa_batch, draw=True).answers for _ in range(400)]
     first = [answers[0] for answers in drawn]
     assert {answers[1] for answers in drawn} == {"red"}
     for answer, weight in zip(["seven", "one", "nine"], [0.6, 0.3, 0.1]):
         assert abs(first.count(answer) / 400 - weight) < 0.08
 
 
-def test_within_a_run_the_draw_hangs_on_epoch_and_question_alone(build, vqa_batch):
+def test_within_a_run_the_draw_hangs_on_epoch_and_question_alone(vqa_batch):
     """Not on the random state, nor on what else is in the batch: several processes draw as one does."""
-    model = build()
     alone = {**vqa_batch, "answer": vqa_batch["answer"][:3], "weight": vqa_batch["weight"][:3]}
     alone.update(n_answers=vqa_batch["n_answers"][:1], text_input=vqa_batch["text_input"][:1])
-    drawn = [model._answers({**vqa_batch, "epoch": epoch})[1][0] for epoch in range(300)]
-    assert drawn == [model._answers({**alone, "epoch": epoch})[1][0] for epoch in range(300)]
+    drawn = [answers_of({**vqa_batch, "epoch": epoch}, draw=True).answers[0] for epoch in range(300)]
+    assert drawn == [answers_of({**alone, "epoch": epoch}, draw=True).answers[0] for epoch in range(300)]
     for answer, weight in zip(["seven", "one", "nine"], [0.6, 0.3, 0.1]):
         assert abs(drawn.count(answer) / 300 - weight) < 0.08
 
@@ -549,7 +548,7 @@ def test_cached_features_do_not_depend_on_the_company(build, images):
 @pytest.mark.parametrize("vit, opt", [("fp16", "fp16"), ("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "fp16")])
 def test_half_precision_towers_on_the_cpu(build, images, monkeypatch, vit, opt, has_bf16):
     """`load_model` calls `float()`: frozen weights stay half as large where the processor has bfloat16."""
-    from lavis_kvmod.models import blip2_opt_kvmod as module
+    from lavis_kvmod.models import base as module
 
     monkeypatch.setattr(module, "cpu_has_bf16", lambda: has_bf16)
     reference = build().eval()
@@ -570,7 +569,7 @@ def test_half_precision_towers_on_the_cpu(build, images, monkeypatch, vit, opt, 
 def test_half_precision_towers_through_lavis_loader(model_config, images, monkeypatch, tmp_path, has_bf16):
     from lavis.models import load_model_and_preprocess
 
-    from lavis_kvmod.models import blip2_opt_kvmod as module
+    from lavis_kvmod.models import base as module
 
     processors = {"vis_processor": {"eval": {"name": "blip_image_eval", "image_size": 28}}}
     processors["text_processor"] = {"eval": {"name": "blip_caption"}}

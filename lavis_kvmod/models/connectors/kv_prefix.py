@@ -4,7 +4,7 @@ Prefix-tuning (arXiv 2101.00190) learns one Key/Value prefix for a task; here an
 handed on as an argument (`KVPrefix`), never stored on a module.
 """
 
-from typing import NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -106,3 +106,17 @@ class KVPrefixGenerator(nn.Module):
             return projected.view(b, p, self.num_heads, -1).transpose(1, 2)
         split = projected.view(b, p, self.num_layers, self.num_heads, -1)
         return split.permute(2, 0, 3, 1, 4)
+
+
+def prefix_of_each_layer(
+    generator: KVPrefixGenerator, pooled: Tensor, num_layers: int, gate: Optional[Tensor] = None
+) -> List[KVPrefix]:
+    """Pooled features (b, feature_dim) -> one prefix for each cross-attention layer.
+
+    ``gate`` holds one closed or opened number a layer and head (c, h); with it the prefix has a softmax of its own.
+    """
+    key, value = generator(pooled, own_softmax=gate is not None)
+    if key.ndim == 4:  # one prefix, shared by all layers
+        key, value = key.expand(num_layers, *key.shape), value.expand(num_layers, *value.shape)
+    gates = [None] * num_layers if gate is None else gate.tanh()
+    return [KVPrefix(*of_layer) for of_layer in zip(key, value, gates)]

@@ -1,0 +1,265 @@
+"""What every model of the family shares: the image's way as far as the Q-Former, what is trained, precision, loading.
+
+    image ─► image encoder ─► ln_vision ─► visual tokens ─┐
+      └────► auxiliary encoder ─► pooled ─► KV prefix ────┴─► Q-Former ─► …
+
+A member adds what stands behind the Q-Former, and its losses.
+"""
+
+import contextlib
+from typing import Any, ClassVar, ContextManager, Dict, List, Mapping, Optional, Tuple
+
+import torch
+from lavis.models.blip2_models.blip2 import Blip2Base
+from torch import Tensor, nn
+
+from lavis_kvmod.models import loading
+from lavis_kvmod.models.connectors.kv_prefix import KVPrefix, KVPrefixGenerator, prefix_of_each_layer
+from lavis_kvmod.models.connectors.qformer import QFormer
+from lavis_kvmod.models.empty import empty_weights
+from lavis_kvmod.models.optimizer_groups import optimizer_groups
+from lavis_kvmod.models.parts import PartSummary, summarise, train_only
+from lavis_kvmod.models.settings import PREFIX_GATES, ModelSettings
+from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder
+from lavis_kvmod.models.vision.feature_cache import FrozenFeatureCache, FrozenFeatures
+from lavis_kvmod.system.paths import resource
+from lavis_kvmod.system.precision import cpu_has_bf16, frozen_dtype_on_cpu
+from lavis_kvmod.weights import finding
+from lavis_kvmod.weights.reading import LoadReport
+
+__all__ = ["KVModBase", "model_type_files"]
+
+
+def model_type_files(arch: str, *model_types: str) -> Dict[str, str]:
+    """LAVIS's ``PRETRAINED_MODEL_CONFIG_DICT``: model type -> the YAML that is shipped for it."""
+    return {name: f"configs/models/{arch}/{name}.yaml" for name in model_types}
+
+
+class KVModBase(Blip2Base):
+    """A BLIP-2 model whose Q-Former also attends to a Key/Value prefix written by a second encoder.
+
+    Args:
+        visual_encoder: ViT, (b, 3, H, H) -> (b, n, width).
+        ln_vision: the LayerNorm BLIP-2 puts behind it.
+        qformer: Q-Former over visual tokens of that width.
+        num_query_token: how many query tokens.
+        freeze_vit: False also trains the ViT and ``ln_vision`` (LAVIS's captioning recipe).
+        image_size: side of the input image in pixels, as the ViT was built.
+        cache_frozen_features: see `FrozenFeatureCache`.
+        ln_vision_loaded: whether ``ln_vision``, which has no file of its own, came with the ViT handed in; else a
+            checkpoint must hold it.
+
+    A subclass adds its own parts, then calls `_add_prefix` and `_freeze`.
+    """
+
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[Dict[str, str]] = {}
+    # The parts behind the Q-Former, in the figure's order, and whether they are trained.
+    behind_qformer: ClassVar[Mapping[str, bool]] = {}
+
+    def __init__(
+        self,
+        *,
+        visual_encoder: nn.Module,
+        ln_vision: nn.Module,
+        qformer: QFormer,
+        num_query_token: int,
+        freeze_vit: bool = True,
+        image_size: int = 224,
+        cache_frozen_features: bool = False,
+        ln_vision_loaded: bool = True,
+    ):
+        super().__init__()
+        # Names and order as in LAVIS's models: they are the names in its checkpoints.
+        self.query_tokens = nn.Parameter(torch.empty(1, num_query_token, qformer.hidden_size))
+        nn.init.normal_(self.query_tokens, std=0.02)
+        self.visual_encoder = visual_encoder
+        self.ln_vision = ln_vision
+        self.Qformer = qformer
+        self.freeze_vit = freeze_vit
+        self.image_size = image_size
+        self.feature_cache = FrozenFeatureCache() if cache_frozen_features else None
+        self.ln_vision_loaded = ln_vision_loaded
+
+    def _add_prefix(
+        self, kv_prefix: Optional[KVPrefixGenerator], aux_encoder: Optional[AuxiliaryEncoder], prefix_gate: str
+    ) -> None:
+        """Add the prefix's generator, the encoder it reads, and the gates.
+
+        Raises:
+            ValueError: for an unknown ``prefix_gate``, or a prefix without its encoder.
+        """
+        if (kv_prefix is None) != (aux_encoder is None):
+            raise ValueError("kv_prefix and aux_encoder belong together: give both or neither")
+        if prefix_gate not in PREFIX_GATES:
+            raise ValueError(f"prefix_gate: expected one of {PREFIX_GATES}, got {prefix_gate!r}")
+        self.kv_prefix = kv_prefix
+        self.aux_encoder = aux_encoder
+        self.kv_gate: Optional[nn.Parameter] = None
+        if kv_prefix is not None and prefix_gate == "tanh":
+            # One gate a head and layer; closed at first, so that training starts from stock BLIP-2.
+            gates = torch.zeros(self.Qformer.num_cross_attention_layers, self.Qformer.num_attention_heads)
+            self.kv_gate = nn.Parameter(gates)
+
+    # ------------------------------------------------------------ what is trained
+
+    @property
+    def trained_parts(self) -> Tuple[str, ...]:
+        """Attribute names of the parts that are trained."""
+        parts = ["kv_prefix", "kv_gate", "Qformer", "query_tokens"]
+        parts += [part for part, is_trained in self.behind_qformer.items() if is_trained]
+        if not self.freeze_vit:
+            parts += ["visual_encoder", "ln_vision"]
+        return tuple(part for part in parts if getattr(self, part) is not None)
+
+    def _freeze(self) -> None:
+        train_only(self, self.trained_parts)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "KVModBase":
+        """Set training mode; frozen parts stay in eval mode (no dropout, no BatchNorm update)."""
+        super().train(mode)
+        if self.freeze_vit:
+            self.visual_encoder.eval()
+            self.ln_vision.eval()
+        return self
+
+    def parts(self) -> List[PartSummary]:
+        """The model's parts in the figure's order: see `PartSummary`."""
+        order = ["visual_encoder", "ln_vision", "aux_encoder", "kv_prefix", "kv_gate", "query_tokens", "Qformer"]
+        order += self.behind_qformer
+        return [summarise(name, getattr(self, name)) for name in order if getattr(self, name) is not None]
+
+    def get_optimizer_params(
+        self, weight_decay: float, lr_scale: float = 1.0, kv_lr_scale: float = 1.0
+    ) -> List[Dict[str, Any]]:
+        """LAVIS main's hook for the optimiser (``lr_scale`` is its layer-wise decay): see `optimizer_groups`."""
+        return optimizer_groups(self, weight_decay=weight_decay, vit_layer_decay=lr_scale, kv_lr_scale=kv_lr_scale)
+
+    # ------------------------------------------------------------ image -> features and prefix
+
+    def frozen_features(self, samples: Mapping[str, Any]) -> FrozenFeatures:
+        """What both encoders make of ``samples["image"]`` (b, 3, H, H), from the cache where there is one.
+
+        Raises:
+            ValueError: if the images have another shape than the ViT was built for.
+        """
+        image = samples["image"]
+        expected = (3, self.image_size, self.image_size)
+        if image.ndim != 4 or tuple(image.shape[1:]) != expected:
+            raise ValueError(
+                f"expected images (b, {', '.join(map(str, expected))}), got {tuple(image.shape)}: the image "
+                f"processor's image_size and model.image_size must agree"
+            )
+        keys = samples.get("image_key")
+        if self.feature_cache is None or keys is None:
+            return self._encode_image(image)
+        return self.feature_cache(keys, image, self._encode_image)
+
+    def _encode_image(self, image: Tensor) -> FrozenFeatures:
+        """(b, 3, H, H) -> visual tokens (b, n, width), pooled auxiliary features (b, f) or None."""
+        with torch.no_grad() if self.freeze_vit else contextlib.nullcontext():
+            visual_tokens = self.ln_vision(self.visual_encoder(image))
+        pooled = None if self.aux_encoder is None else self.aux_encoder(image)
+        return FrozenFeatures(visual_tokens, pooled)
+
+    def prefixes(self, pooled: Optional[Tensor]) -> Optional[List[KVPrefix]]:
+        """Pooled features (b, f) -> one prefix for each cross-attention layer, or None without KV modulation."""
+        if self.kv_prefix is None or pooled is None:
+            return None
+        return prefix_of_each_layer(self.kv_prefix, pooled, self.Qformer.num_cross_attention_layers, self.kv_gate)
+
+    @torch.no_grad()
+    def prefix_attention_share(self, samples: Dict[str, Any]) -> Optional[float]:
+        """How much of its attention the Q-Former gives to the prefix, in [0, 1]; None without KV modulation.
+
+        The mean over images, cross-attention layers, heads and queries. With a gate, whose two softmaxes each sum to
+        one, it is |tanh(g)| / (1 + |tanh(g)|).
+        """
+        if self.kv_prefix is None:
+            return None
+        maps = torch.stack(self.encode(samples, output_attentions=True).query_output.cross_attentions).float().abs()
+        of_prefix = maps[..., : self.kv_prefix.prefix_tokens.shape[0]].sum(-1)
+        return (of_prefix / maps.sum(-1)).mean().item()
+
+    # ------------------------------------------------------------ precision
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is. (LAVIS lists all parameters to say so.)"""
+        return self.query_tokens.device
+
+    def maybe_autocast(self, dtype: torch.dtype = torch.float16) -> ContextManager:
+        """As LAVIS, autocast on a GPU and none on the CPU; but in bfloat16, and then on both, if a tower is stored so.
+
+        A surrounding autocast (the runner's) stays in force.
+        """
+        device_type = self.device.type
+        in_bf16 = self.stored_in_bf16
+        if torch.is_autocast_enabled(device_type) or (device_type == "cpu" and not in_bf16):
+            return contextlib.nullcontext()
+        return torch.autocast(device_type, dtype=torch.bfloat16 if in_bf16 else dtype)
+
+    @property
+    def stored_in_bf16(self) -> bool:
+        """Whether the ViT or OPT has weights in bfloat16, which then all is computed in."""
+        towers = (self.opt_model, self.visual_encoder)
+        return any(p.dtype is torch.bfloat16 for tower in towers for p in tower.parameters())
+
+    def float(self) -> "KVModBase":
+        """What LAVIS's ``load_model`` calls for the CPU: trained parameters in float32, frozen half-precision ones in
+        bfloat16 where the processor has it (float32 would double their memory), else in float32."""
+        has_bf16 = cpu_has_bf16()
+        for parameter in self.parameters():
+            target = torch.float32 if parameter.requires_grad else frozen_dtype_on_cpu(parameter.dtype, has_bf16)
+            parameter.data = parameter.data.to(target)
+        return self
+
+    # ------------------------------------------------------------ building and loading
+
+    @classmethod
+    def default_config_path(cls, model_type: str) -> str:
+        """Absolute path of a model type's YAML.
+
+        Raises:
+            ValueError: for an unknown type, naming the known ones.
+        """
+        if model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
+            known = ", ".join(cls.PRETRAINED_MODEL_CONFIG_DICT)
+            raise ValueError(f"model_type: expected one of {known}; got {model_type!r}")
+        return str(resource(cls.PRETRAINED_MODEL_CONFIG_DICT[model_type]))
+
+    @classmethod
+    def from_settings(cls, settings: ModelSettings, load: bool = True) -> "KVModBase":
+        """The parts that the settings describe, put together; frozen towers with their weights if ``load``."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any]) -> "KVModBase":
+        """Build from a ``model:`` section: frozen towers from their files, then the checkpoint it names.
+
+        Raises:
+            SettingsError: listing all faults of the section.
+            MissingWeightsError: listing all weights that cannot be had, before any is loaded.
+        """
+        settings = ModelSettings.from_config(cfg)
+        finding.require(settings.weight_files())
+        model = cls.from_settings(settings)
+        loading.load_named_checkpoint(model, settings)
+        return model
+
+    @classmethod
+    def without_weights(cls, cfg: Mapping[str, Any]) -> "KVModBase":
+        """The model of a ``model:`` section without memory for its weights: for counting, not for running.
+
+        Raises:
+            SettingsError: as `from_config`.
+            MissingWeightsError: if the language model's size is not known.
+        """
+        with empty_weights():
+            return cls.from_settings(ModelSettings.from_config(cfg), load=False)
+
+    def load_checkpoint(self, url_or_filename: str) -> LoadReport:
+        """See `lavis_kvmod.models.loading.load_checkpoint`."""
+        return loading.load_checkpoint(self, url_or_filename)
+
+    load_from_pretrained = load_checkpoint

@@ -1,0 +1,111 @@
+"""From settings to parts: what LAVIS's YAML says, made into the modules that a model is put together from."""
+
+import logging
+from typing import Any, Dict, NamedTuple, Optional
+
+from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
+from lavis_kvmod.models.connectors.qformer import QFormer
+from lavis_kvmod.models.language.opt import build_language_model
+from lavis_kvmod.models.settings import ModelSettings
+from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder, build_auxiliary_encoder
+from lavis_kvmod.models.vision.encoders import Vision, build_vision_encoder
+
+
+class ImageSide(NamedTuple):
+    """All that an image passes on its way to the query outputs; every model of the family has it."""
+
+    vision: Vision
+    aux_encoder: Optional[AuxiliaryEncoder]
+    kv_prefix: Optional[KVPrefixGenerator]
+    qformer: QFormer
+
+    def arguments(self, settings: ModelSettings) -> Dict[str, Any]:
+        """The arguments of a model's constructor that have to do with images."""
+        return dict(
+            visual_encoder=self.vision.visual_encoder,
+            ln_vision=self.vision.ln_vision,
+            qformer=self.qformer,
+            num_query_token=settings.num_query_token,
+            kv_prefix=self.kv_prefix,
+            aux_encoder=self.aux_encoder,
+            prefix_gate=settings.prefix_gate,
+            freeze_vit=settings.freeze_vit,
+            image_size=settings.image_size,
+            cache_frozen_features=settings.cache_frozen_features,
+        )
+
+
+def build_image_side(settings: ModelSettings, *, load: bool = True, **qformer: Any) -> ImageSide:
+    """Image encoder, auxiliary encoder, prefix generator and Q-Former, as the settings have them.
+
+    Args:
+        load: frozen towers with their weights; without, no file is looked for.
+        qformer: more arguments of the Q-Former, such as ``vocab_size`` for its text side.
+
+    Raises:
+        MissingWeightsError, CheckpointError: if the weights cannot be had, or do not fit.
+    """
+    vision = _build_vision(settings, load)
+    connector = QFormer(
+        encoder_width=vision.visual_encoder.num_features,
+        num_queries=settings.num_query_token,
+        **{**settings.qformer_geometry, **qformer},
+    )
+    if not settings.kv_modulation:
+        return ImageSide(vision, None, None, connector)
+    aux_encoder = build_auxiliary_encoder(
+        settings.aux_encoder, settings.aux_checkpoint, settings.aux_image_size, load=load
+    )
+    kv_prefix = KVPrefixGenerator(
+        feature_dim=aux_encoder.feature_dim,
+        hidden_size=connector.hidden_size,
+        num_prefix_tokens=settings.num_prefix_tokens,
+        num_heads=connector.num_attention_heads,
+        num_layers=connector.num_cross_attention_layers if settings.prefix_sharing == "per_layer" else None,
+    )
+    return ImageSide(vision, aux_encoder, kv_prefix, connector)
+
+
+def _build_vision(settings: ModelSettings, load: bool) -> Vision:
+    precision = settings.vit_precision
+    if not settings.freeze_vit and precision != "fp32":
+        logging.info(
+            "the ViT is trained (freeze_vit: false), so its weights are fp32, not %s: half precision loses small "
+            "updates, and fp16 gradients cannot be unscaled",
+            precision,
+        )
+        precision = "fp32"
+    return build_vision_encoder(
+        settings.vit_model,
+        checkpoint=settings.vit_checkpoint,
+        image_size=settings.image_size,
+        drop_path_rate=settings.drop_path_rate,
+        use_grad_checkpoint=settings.use_grad_checkpoint,
+        precision=precision,
+        geometry=settings.vit_geometry,
+        load=load,
+    )
+
+
+def opt_arguments(settings: ModelSettings, *, load: bool = True) -> Dict[str, Any]:
+    """The arguments of `Blip2OPTKVMod`: the image side, OPT behind it, and what they are to do.
+
+    Raises:
+        MissingWeightsError, CheckpointError: as `build_image_side`.
+    """
+    image_side = build_image_side(settings, load=load)
+    opt_model, opt_tokenizer = build_language_model(
+        settings.opt_model,
+        precision=settings.opt_precision,
+        use_grad_checkpoint=settings.opt_grad_checkpoint,
+        load=load,
+    )
+    return dict(
+        opt_model=opt_model,
+        opt_tokenizer=opt_tokenizer,
+        prompt=settings.prompt,
+        max_txt_len=settings.max_txt_len,
+        answer_loss=settings.answer_loss,
+        ln_vision_loaded=image_side.vision.ln_vision_loaded,
+        **image_side.arguments(settings),
+    )

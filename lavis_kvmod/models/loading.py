@@ -1,0 +1,92 @@
+"""Weights into a built model: a checkpoint of LAVIS's, Hugging Face's or our own, with every key accounted for."""
+
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+from lavis_kvmod.models.settings import ModelSettings
+from lavis_kvmod.models.vision.encoders import interpolate_positions
+from lavis_kvmod.weights import reading
+from lavis_kvmod.weights.files import StateDict
+from lavis_kvmod.weights.finding import WeightFile
+from lavis_kvmod.weights.reading import LoadReport
+
+if TYPE_CHECKING:
+    from lavis_kvmod.models.base import KVModBase
+
+# What stage 1 of BLIP-2 trains beside the Q-Former's query side (lavis/models/blip2_models/blip2_qformer.py).
+_STAGE_1_ONLY = re.compile(
+    r"Qformer\.(cls|bert\.embeddings\.(word|position)_embeddings|bert\.encoder\.layer\.\d+\.(intermediate|output))\."
+    r"|(vision_proj|text_proj|itm_head)\.|temp$"
+)
+
+
+def load_checkpoint(model: "KVModBase", url_or_filename: str) -> LoadReport:
+    """Load a BLIP-2 checkpoint: LAVIS's or ours (``.pth``, ``.safetensors``), or a Hugging Face folder.
+
+    It must hold all that is trained here. What may be missing, each as a whole: a frozen tower (it comes from a file
+    of its own), ``ln_vision`` once it was loaded, and the prefix (a stock BLIP-2 checkpoint has none). From a stage-1
+    checkpoint (LAVIS's ``blip2_pretrained.pth``) the text side is left out and ``opt_proj`` stays new. A tower that
+    it does hold, as a Hugging Face folder does, takes the place of the one from its own file.
+
+    Raises:
+        FileNotFoundError, CheckpointError: if it cannot be read, or listing the keys that do not fit.
+    """
+    file = WeightFile("checkpoint", str(url_or_filename), "the checkpoint argument").fetch()
+    return load_state(model, reading.read_weights(file), file)
+
+
+def load_named_checkpoint(model: "KVModBase", settings: ModelSettings) -> None:
+    """Load ``finetuned`` or ``pretrained``; ours holds no ``ln_vision``, which then comes from ``pretrained``.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `load_checkpoint`.
+    """
+    checkpoint = settings.checkpoint()
+    if checkpoint is None:
+        logging.info("no checkpoint named: the Q-Former starts from random weights")
+        return
+    file = checkpoint.fetch()
+    state = reading.read_weights(file)
+    has_ln_vision = model.ln_vision_loaded or any(key.startswith("ln_vision.") for key in state)
+    if settings.load_finetuned and settings.pretrained and not has_ln_vision:
+        load_checkpoint(model, settings.pretrained)
+    load_state(model, state, file)
+
+
+def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -> LoadReport:
+    """`load_checkpoint`, of what was read from ``source``."""
+    state = _at_image_size(model, _within_vocabulary(model, state))
+    groups = ["visual_encoder.", "opt_model.", "aux_encoder.", "kv_"]
+    if model.ln_vision_loaded:
+        groups.append("ln_vision.")
+    if "itm_head.weight" in state:  # stage 1
+        groups.append("opt_proj.")
+        state = {key: value for key, value in state.items() if not _STAGE_1_ONLY.match(key)}
+    absent = tuple(g for g in groups if not any(key.startswith(g) for key in state))
+    may_lack = {key for key in model.state_dict() if key.startswith(absent)}
+    may_lack |= {name for name, _ in model.named_buffers()}
+    report = reading.load_weights(model, state, source=source, may_lack=may_lack)
+    model.ln_vision_loaded = True
+    if model.feature_cache is not None:
+        model.feature_cache.clear()
+    logging.info("loaded checkpoint %s", source)
+    return report
+
+
+def _within_vocabulary(model: "KVModBase", state: StateDict) -> StateDict:
+    """``state`` with OPT's embeddings cut to this model's rows: Hugging Face adds some, for an image token."""
+    of_opt = ("opt_model.model.decoder.embed_tokens.weight", "opt_model.lm_head.weight")
+    if not any(key in state for key in of_opt):
+        return state
+    rows = model.opt_model.get_input_embeddings().num_embeddings
+    return {key: value[:rows] if key in of_opt else value for key, value in state.items()}
+
+
+def _at_image_size(model: "KVModBase", state: StateDict) -> StateDict:
+    """``state`` with the ViT's position embedding, if it holds one, brought to this model's image size."""
+    prefix = "visual_encoder."
+    vit = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    interpolate_positions(model.visual_encoder, vit)
+    return {**state, **{f"{prefix}{key}": value for key, value in vit.items()}}
