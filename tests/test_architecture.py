@@ -37,7 +37,6 @@ def test_no_function_is_long_without_a_reason():
     assert not too_long, f"split them, or say why not in a comment above: '# Long: …'\n{too_long}"
 
 
-@pytest.mark.xfail(reason="it is being split")
 def test_the_figure_is_one_short_file():
     lines = (PACKAGE / "models" / "blip2_opt_kvmod.py").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= LONGEST_FIGURE
