@@ -5,11 +5,11 @@ report.md, and all predictions under result/.
 The model is the one the run file names (model.finetuned with model.load_finetuned=true, or its pretrained weights).
 """
 
-import sys
 from typing import Any, Dict, Optional, Sequence
 
 from lavis_kvmod.commands.launch import build_runner, load_config, run_command
 from lavis_kvmod.system.distributed import get_rank
+from lavis_kvmod.system.ending import run_and_end
 from lavis_kvmod.system.schema import ConfigurationError
 
 
@@ -43,4 +43,4 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_end(main)

@@ -1,9 +1,9 @@
 """``python -m lavis.train --cfg-path RUN.yaml``: train, validate and test by a LAVIS run file."""
 
-import sys
 from typing import Any, Dict, Optional, Sequence
 
 from lavis_kvmod.commands.launch import build_runner, load_config, run_command
+from lavis_kvmod.system.ending import run_and_end
 
 
 def train(cfg_path: str, options: Sequence[str] = ()) -> Optional[Dict[str, Any]]:
@@ -21,4 +21,4 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_end(main)

@@ -50,20 +50,12 @@ def init_distributed(run_cfg) -> None:
 
 @contextlib.contextmanager
 def leaves_group() -> Iterator[None]:
-    """Leave the process group when the block ends well, or by ``SystemExit``.
+    """Leave the process group when the block ends well, as NCCL wants to be left.
 
-    Gloo's threads would otherwise abort the interpreter now and then as it ends (SIGABRT, which torchrun tells as the
-    run's failure). After an error the process ends as it is: leaving could wait for ranks that wait for this one.
+    After an error or a signal the process is to end as it is: leaving could wait for ranks that wait for this one. How
+    a process ends for good: `lavis_kvmod.system.ending`.
     """
-    try:
-        yield
-    except SystemExit:
-        _leave_group()
-        raise
-    _leave_group()
-
-
-def _leave_group() -> None:
+    yield
     if is_dist_avail_and_initialized():
         dist.destroy_process_group()
 

@@ -36,6 +36,7 @@ FAULTS = (
     "killed while starting up again",
     "killed at any moment",
     "rank killed",
+    "ended by several processes",
     "data worker killed",
     "shard deleted while training",
     "disk full",

@@ -122,7 +122,7 @@ def test_accumulated_batches_are_one_large_batch(steady_run, in_process, runs):
 
 
 def test_the_process_group_is_left_at_the_end(write_run, in_process):
-    """Or gloo's threads abort the interpreter now and then as it ends, and torchrun calls a good run failed."""
+    """As NCCL wants it; that the process then ends well is `tests/system/test_ending.py`'s."""
     path = write_run(max_epoch=1, valid_splits=[])
 
     def whole():
