@@ -7,9 +7,10 @@ from typing import Any, Dict, Optional, Tuple
 import torch
 from lavis.common.dist_utils import is_main_process
 from lavis.datasets.data_utils import prepare_sample
+from lavis.runners.runner_base import RunnerBase
 
 from lavis_kvmod.datasets.bad_samples import BadSampleCounter
-from lavis_kvmod.runners.loaders import PADDING
+from lavis_kvmod.datasets.loading.loader import PADDING
 from lavis_kvmod.runners.pace import Pace
 from lavis_kvmod.runners.signals import Stopped
 from lavis_kvmod.runners.training_state import get_rng_state, set_rng_state
@@ -21,8 +22,8 @@ __all__ = ["TrainsEpochs"]
 MAX_BAD_STEPS = 3
 
 
-class TrainsEpochs:
-    """Mix-in: reads the runner's `state`, `train_loader`, `gradient_step` and `schedule`; moves `state` on."""
+class TrainsEpochs(RunnerBase):
+    """A part of the runner: reads its `state`, `train_loader`, `gradient_step` and `schedule`; moves `state` on."""
 
     def train_epoch(self, epoch: int) -> Dict[str, Any]:
         """Train what is left of an epoch; returns its facts for log.txt.

@@ -11,7 +11,6 @@ import torch
 from torch.optim import Optimizer
 
 from lavis_kvmod.datasets.seeding import stable_hash
-from lavis_kvmod.runners.loaders import EpochLoader
 from lavis_kvmod.runners.run_folder import checkpoint_problem
 from lavis_kvmod.runners.training_state import RunState, set_rng_state
 from lavis_kvmod.weights import files
@@ -113,7 +112,7 @@ def data_order(run_cfg, loader, world_size: int) -> Dict[str, Any]:
         "num_batches": len(loader),
         "global_batch": int(run_cfg.batch_size_train) * world_size,
         # shards are dealt out to ranks and workers; samples are, in an order that does not depend on them
-        "readers": None if isinstance(loader, EpochLoader) else [world_size, max(1, int(run_cfg.num_workers))],
+        "readers": [world_size, max(1, int(run_cfg.num_workers))] if loader.depends_on_readers else None,
         "accum_grad_iters": int(run_cfg.get("accum_grad_iters", 1)),
     }
 

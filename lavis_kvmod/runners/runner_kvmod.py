@@ -16,14 +16,15 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from lavis.common.dist_utils import is_main_process, main_process
-from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
+from lavis.datasets.data_utils import reorg_datasets_by_split
 from lavis.runners.runner_base import RunnerBase
 from torch.nn.parallel import DistributedDataParallel
 
+from lavis_kvmod.datasets.loading.loader import Loader
 from lavis_kvmod.models.parts import parts_table
 from lavis_kvmod.runners.environment import environment
 from lavis_kvmod.runners.epochs import TrainsEpochs
-from lavis_kvmod.runners.loaders import EpochLoader, EvalLoader, StreamLoader, stay_calm, stream_of
+from lavis_kvmod.runners.loaders import joined, make_loader
 from lavis_kvmod.runners.optimizers import build_optimizer
 from lavis_kvmod.runners.run_folder import BEST, RunFolder, checkpoint_problem, find_newest_run
 from lavis_kvmod.runners.run_log import RunLog
@@ -204,14 +205,18 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
         """
         if self._dataloaders is None:
             by_split = reorg_datasets_by_split(self.datasets)
-            self.datasets = {split: _joined(split, sets) for split, sets in by_split.items()}
+            self.datasets = {split: joined(split, sets) for split, sets in by_split.items()}
             self._dataloaders = {split: self._loader(split, data) for split, data in sorted(self.datasets.items())}
         return self._dataloaders
 
-    def _loader(self, split: str, dataset):
+    def _loader(self, split: str, dataset: Any) -> Loader:
         run = self.config.run_cfg
-        is_train = split in self.train_splits
-        settings = dict(
+        used = [*self.valid_splits, *self.test_splits, *([] if self.evaluate_only else self.train_splits)]
+        return make_loader(
+            split,
+            dataset,
+            is_train=split in self.train_splits,
+            may_be_empty=split not in used,
             batch_size=int(run.batch_size_train if split == "train" else run.batch_size_eval),
             num_workers=int(run.num_workers),
             seed=int(run.seed),
@@ -219,20 +224,6 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
             world_size=get_world_size(),
             pin_memory=self.cuda_enabled,
         )
-        stream = stream_of(dataset)
-        if stream is not None:
-            return StreamLoader(stream.make_loader(is_train=is_train, worker_init_fn=stay_calm, **settings))
-        if isinstance(dataset, (tuple, list)) or not hasattr(dataset, "__len__"):
-            raise NotImplementedError(
-                f"split {split!r}: runner_kvmod reads map-style data sets, and one streamed set that has make_loader; "
-                "use runner_base for other webdataset pipelines"
-            )
-        used = [*self.valid_splits, *self.test_splits, *([] if self.evaluate_only else self.train_splits)]
-        if len(dataset) == 0 and split in used:
-            raise ValueError(f"split {split!r} of the data set is empty")
-        logging.info("%s: %d samples", split, len(dataset))
-        make = EpochLoader if is_train else EvalLoader
-        return make(dataset, collate=getattr(dataset, "collater", None), **settings)
 
     # ------------------------------------------------------------ the run
 
@@ -394,15 +385,6 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
         model = self.unwrap_dist_model(self.model)
         if hasattr(model, "parts"):
             logging.info("model parts:\n%s", parts_table(model.parts()))
-
-
-def _joined(split: str, datasets: List[Any]):
-    """One data set of a split's: LAVIS's concatenation, or the only one if it streams."""
-    if len(datasets) == 1 and stream_of(datasets[0]) is not None:
-        return datasets[0]
-    if any(stream_of(dataset) is not None for dataset in datasets):
-        raise NotImplementedError(f"split {split!r}: a streamed data set cannot be mixed with others; got {datasets}")
-    return concat_datasets({split: datasets})[split]
 
 
 def _short(metrics: Dict[str, Any]) -> str:

@@ -9,14 +9,14 @@ several ranks, give what one large batch gives. A single batch on a single proce
 import contextlib
 import logging
 import math
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lavis_kvmod.runners.loaders import PADDING
+from lavis_kvmod.datasets.loading.loader import PADDING
 from lavis_kvmod.system.distributed import all_reduce_sum, gather
 
 __all__ = ["GradientStep", "StepResult", "identify"]
@@ -74,7 +74,7 @@ class GradientStep:
         self._total_weight, self._total_loss = 0.0, 0.0
         self._problems: List[str] = []
 
-    def _remember_loss_weight(self, module, args, output) -> None:
+    def _remember_loss_weight(self, module: nn.Module, args: Any, output: Any) -> None:
         self._loss_weight = output.get("loss_weight") if isinstance(output, dict) else None
 
     def add(self, samples: Dict[str, Any], *, num_batches: int, is_last: bool, counts: Sequence[float]) -> List[float]:
@@ -87,8 +87,7 @@ class GradientStep:
             counts: numbers to be added up over all ranks, as there is an exchange anyway.
         """
         is_padding = bool(samples.pop(PADDING, False))
-        wait = isinstance(self._model, DistributedDataParallel) and not is_last
-        with self._model.no_sync() if wait else contextlib.nullcontext():  # gradients are exchanged once a step
+        with self._exchange_of_gradients(is_last):
             with self._autocast():
                 self._loss_weight = None
                 loss = self._train_step(model=self._model, samples=samples)
@@ -105,6 +104,12 @@ class GradientStep:
                 self._total_loss += loss_sum
                 self._backward(loss, weight, weight_sum, alone=self._world_size == 1 and num_batches == 1)
         return sums
+
+    def _exchange_of_gradients(self, is_last: bool) -> ContextManager:
+        """Between ranks, once a step."""
+        if isinstance(self._model, DistributedDataParallel) and not is_last:
+            return self._model.no_sync()
+        return contextlib.nullcontext()
 
     def _note(self, problem: Optional[str], samples: Dict[str, Any]) -> None:
         told = gather([] if problem is None else [f"{problem} ({identify(samples)})"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lavis_kvmod.runners.loaders import PADDING
+from lavis_kvmod.datasets.loading.loader import PADDING
 from lavis_kvmod.runners.steps import GradientStep, identify
 
 CPU = torch.device("cpu")

@@ -66,13 +66,13 @@ def count_all(shards: Sequence[Shard], kind: Kind, policy: BadSamplePolicy, spli
 
 def _overlapping(shards: Sequence[Shard]) -> List[Shard]:
     """Shards whose keys do not all lie before or behind those of every other shard."""
-    ordered = sorted((shard for shard in shards if shard.contents.images), key=lambda shard: shard.contents.first_key)
+    ordered = sorted((shard for shard in shards if shard.counted.images), key=lambda shard: shard.counted.first_key)
     found: Dict[Path, Shard] = {}
-    furthest = None
+    furthest: Optional[Shard] = None
     for shard in ordered:
-        if furthest is not None and shard.contents.first_key <= furthest.contents.last_key:
+        if furthest is not None and shard.counted.first_key <= furthest.counted.last_key:
             found.update({furthest.path: furthest, shard.path: shard})
-        if furthest is None or shard.contents.last_key > furthest.contents.last_key:
+        if furthest is None or shard.counted.last_key > furthest.counted.last_key:
             furthest = shard
     return list(found.values())
 
@@ -105,7 +105,7 @@ def write_indices(patterns: Sequence[str], kind_name: Optional[str] = None, skip
         problems += counted.problems
         contents = counted.contents._replace(sha256=sha256_of(shard.path))
         found[shard.path.parent].append(Shard(shard.path, contents))
-    total = sum(shard.contents.texts for of_folder in found.values() for shard in of_folder)
+    total = sum(shard.counted.texts for of_folder in found.values() for shard in of_folder)
     BadSamplePolicy("skip" if skip_bad else "raise", 1.0).judge(problems, total, "samples")
     for folder, of_folder in found.items():
         with whole_or_nothing(folder / INDEX) as temporary:

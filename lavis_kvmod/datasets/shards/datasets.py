@@ -4,7 +4,7 @@ They are read as a stream, so there is no ``dataset[index]``: a runner asks for 
 """
 
 import logging
-from typing import Callable, Iterable, List, Optional, Sequence
+from typing import Callable, Iterable, List, Optional, Sequence, Union
 
 from lavis_kvmod.datasets.annotated import (
     AnnotatedDataset,
@@ -17,11 +17,12 @@ from lavis_kvmod.datasets.annotated import (
 )
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy
 from lavis_kvmod.datasets.images import BadImageError, read_image
+from lavis_kvmod.datasets.loading.loader import Loader
 from lavis_kvmod.datasets.seeding import seeded
 from lavis_kvmod.datasets.shards.files import Shard
 from lavis_kvmod.datasets.shards.plan import RankPlan
 from lavis_kvmod.datasets.shards.rows import CAPTION, VQA, Kind, Row
-from lavis_kvmod.datasets.shards.stream import BatchStream, IndexedRows, RowReader, ShardLoader, UncountedRows
+from lavis_kvmod.datasets.shards.stream import BatchStream, IndexedRows, RowReader, ShardSource, UncountedRows
 
 __all__ = [
     "ShardDataset",
@@ -78,9 +79,10 @@ class ShardDataset(AnnotatedDataset):
             needs_target=self.for_training or any(known is not None and known.targets for known in contents),
             skips=policy.skips,
         )
-        counts = [self._reader.num_rows(shard) for shard in self.shards]
-        self.num_rows = None if None in counts else sum(counts)
-        self.epoch_size = self.num_rows if epoch_size is None else epoch_size
+        self.num_rows: Optional[int] = None
+        if all(known is not None for known in contents):
+            self.num_rows = sum(map(self._reader.num_counted, self.shards))
+        self.epoch_size = (self.num_rows or 0) if epoch_size is None else epoch_size
         if not self.epoch_size:
             names = f"{self.shards[0].path} and {len(self.shards) - 1} more" if self.shards else "no shards"
             raise ValueError(
@@ -112,8 +114,7 @@ class ShardDataset(AnnotatedDataset):
         world_size: int = 1,
         is_train: Optional[bool] = None,
         pin_memory: bool = False,
-        worker_init_fn: Optional[Callable[[int], None]] = None,
-    ) -> ShardLoader:
+    ) -> Loader:
         """One rank's batches, whose sequence is a function of shards, seed, epoch, world_size and num_workers.
 
         In training all ranks get as many batches. Where the samples do not go round, a rank's last batch is smaller, or
@@ -121,23 +122,23 @@ class ShardDataset(AnnotatedDataset):
 
         Args:
             batch_size: samples in a batch of one rank.
-            num_workers, pin_memory, worker_init_fn: as `torch.utils.data.DataLoader`.
+            num_workers, pin_memory: as `torch.utils.data.DataLoader`.
             seed: for order and augmentation.
             rank, world_size: as usual.
             is_train: whether to shuffle; by default, what the split is for.
         """
         is_train = self.for_training if is_train is None else is_train
         streams = world_size * max(1, num_workers)
+        rows: Union[UncountedRows, IndexedRows]
         if self.num_rows is None:
             rows = UncountedRows(self.shards, self._reader, seed, streams)
         else:
             rows = IndexedRows(self.shards, self._reader, seed if is_train else None, self.epoch_size)
         plan = RankPlan(self.epoch_size, batch_size, rank, world_size, max(1, num_workers), even=is_train)
         buffer = self.shuffle_buffer if is_train else 1
-        stream = BatchStream(self, rows, plan, buffer, seed)
-        loader = ShardLoader(stream, num_workers=num_workers, pin_memory=pin_memory, worker_init_fn=worker_init_fn)
+        source = ShardSource(BatchStream(self, rows, plan, buffer, seed))
         self._log(plan, streams)
-        return loader
+        return Loader(source, num_workers=num_workers, pin_memory=pin_memory)
 
     def _log(self, plan: RankPlan, streams: int) -> None:
         total = "samples not counted" if self.num_rows is None else f"{self.num_rows} samples"
@@ -178,7 +179,7 @@ class ShardDataset(AnnotatedDataset):
         raise BadDataError("no row to make a sample of")
 
 
-class _Spoken:
+class _Spoken(AnnotatedDataset):
     """Leaves out annotators who gave no answer (as in VQAv2), from what is trained on."""
 
     def _texts(self, annotation: Annotation) -> Sample:
@@ -191,7 +192,7 @@ class _Spoken:
         return super()._texts(annotation)
 
 
-class _Evaluated:
+class _Evaluated(ShardDataset):
     """Samples carry their annotation, since there is no list of all of them."""
 
     for_training = False

@@ -62,6 +62,17 @@ class Shard(NamedTuple):
     path: Path
     contents: Optional[Contents] = None
 
+    @property
+    def counted(self) -> Contents:
+        """What it holds, where that is known.
+
+        Raises:
+            ValueError: where it is not.
+        """
+        if self.contents is None:
+            raise ValueError(f"{self.path}: expected a shard that has been counted")
+        return self.contents
+
 
 def find_shards(patterns: Sequence[str], kind: Optional[Kind] = None) -> List[Shard]:
     """The shards that are meant, in the order given; what a glob or a folder gives, sorted by name.

@@ -11,7 +11,7 @@ All of it is a function of (shards, seed, epoch, ranks, workers), so that a run 
 import random
 from bisect import bisect_right
 from itertools import accumulate
-from typing import List, NamedTuple, Optional, Sequence
+from typing import List, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 import webdataset
@@ -137,7 +137,7 @@ class RankPlan(NamedTuple):
         return len(range(worker, start_batch, self.num_workers))
 
 
-def shuffled_range(length: int, buffer: int, *seed_parts) -> np.ndarray:
+def shuffled_range(length: int, buffer: int, *seed_parts: Union[int, str]) -> np.ndarray:
     """0 … length - 1 as webdataset's shuffle buffer gives them: (length,), int64."""
     if buffer <= 1:
         return np.arange(length)

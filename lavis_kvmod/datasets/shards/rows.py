@@ -17,7 +17,7 @@ import json
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Generator, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 from webdataset.handlers import reraise_exception
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -113,7 +113,7 @@ def ends_as_a_tar(path: Path) -> bool:
 
 def rows_by_sample(
     path: Path, kind: Kind, *, per_image: bool = False, needs_target: bool = False
-) -> Iterator[Tuple[str, List[Row]]]:
+) -> Generator[Tuple[str, List[Row]], None, None]:
     """Key and rows of each sample of a shard, in its order.
 
     Args:

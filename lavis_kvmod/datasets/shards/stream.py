@@ -1,4 +1,4 @@
-"""Batches from shards: what one worker reads, and a loader that can start at any batch of any epoch.
+"""Batches from shards: what one worker reads, from any batch of any epoch on.
 
 What has been trained on already is skipped without decoding an image, and, where the shards have an index, without
 opening the shards that hold nothing else.
@@ -11,21 +11,19 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, Optional, Sequence
+from typing import Any, Callable, ClassVar, Deque, Dict, Generator, Iterable, Iterator, Optional, Sequence, Union
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
 
 from lavis_kvmod.datasets.bad_samples import BadDataError
+from lavis_kvmod.datasets.loading.loader import PADDING, Batch, or_failure
 from lavis_kvmod.datasets.seeding import stable_hash
 from lavis_kvmod.datasets.shards.files import Shard, damage_of
 from lavis_kvmod.datasets.shards.plan import Positions, RankPlan, WorkerShare, shard_order, shuffled_range
 from lavis_kvmod.datasets.shards.rows import Kind, Row, rows_by_sample
 
-__all__ = ["PADDING", "BatchStream", "IndexedRows", "RowReader", "ShardLoader", "UncountedRows"]
-
-# Key of a batch that is there only so that all ranks have as many: it is computed, and counts nothing.
-PADDING = "is_padding"
+__all__ = ["BatchStream", "IndexedRows", "RowReader", "ShardSource", "UncountedRows"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class RowReader:
     needs_target: bool
     skips: bool
 
-    def rows(self, shard: Shard) -> Iterator[Row]:
+    def rows(self, shard: Shard) -> Generator[Row, None, None]:
         """The rows of a shard; where its index says how many there are, as many, and those that are missing with a
         ``problem``.
 
@@ -61,7 +59,11 @@ class RowReader:
         """How many rows a shard has; None if that is not known."""
         if shard.contents is None:
             return None
-        return shard.contents.images if self.per_image else shard.contents.texts
+        return self.num_counted(shard)
+
+    def num_counted(self, shard: Shard) -> int:
+        """How many rows a shard has that has been counted."""
+        return shard.counted.images if self.per_image else shard.counted.texts
 
 
 def _as_many(expected: Optional[int], rows: Iterable[Row], path: Path) -> Iterator[Row]:
@@ -95,7 +97,7 @@ class IndexedRows:
     def read(self, wanted: Iterable[int], *, epoch: int, share: WorkerShare, stream: int) -> Iterator[Row]:
         """The rows at these positions, counted from the worker's first; they must ascend. (Here they tell all, and the
         worker's number, ``stream``, tells nothing more.)"""
-        positions = Positions([self.reader.num_rows(shard) for shard in self.shards], self.seed)
+        positions = Positions([self.reader.num_counted(shard) for shard in self.shards], self.seed)
         start = epoch * self.epoch_size + share.start
         places = (positions.place(start + position) for position in wanted)
         for (_, shard), group in itertools.groupby(places, key=lambda place: place[:2]):
@@ -186,30 +188,65 @@ class BatchStream(IterableDataset):
     epoch: int = 0
     start_batch: int = 0
 
-    def __iter__(self) -> Iterator[Dict[str, Any]]:
+    def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
-        worker = self.plan.role(info.id if info else 0, self.start_batch)
+        batches = self._batches(self.plan.role(info.id if info else 0, self.start_batch))
+        while True:
+            batch = or_failure(lambda: next(batches, None))
+            if batch is None:
+                return
+            yield batch
+
+    def _batches(self, worker: int) -> Iterator[Batch]:
         share = self.plan.share(worker)
         stream = self.plan.rank * self.plan.num_workers + worker
         read = partial(self.rows.read, epoch=self.epoch, share=share, stream=stream)
         order = shuffled_range(share.num_samples, self.buffer, self.seed, "buffer", self.epoch, stream)
         skipped = self.plan.batches_before(worker, self.start_batch)
         coming = _Coming(_in_order(read, order[sum(share.batch_sizes[:skipped]) :]), partial(_in_order, read, order))
-        try:
-            for size in share.batch_sizes[skipped:]:
-                yield self._batch(coming, size)
-            if share.padding and skipped <= len(share.batch_sizes):
-                coming = _Coming(iter(()), partial(_in_order, read, [0]))
-                yield {**self._batch(coming, 1), PADDING: True}
-        except (BadDataError, FileNotFoundError) as error:  # what is wrong with the data, not with the program
-            yield _Failure(error)
+        for size in share.batch_sizes[skipped:]:
+            yield self._batch(coming, size)
+        if share.padding and skipped <= len(share.batch_sizes):
+            coming = _Coming(iter(()), partial(_in_order, read, [0]))
+            yield {**self._batch(coming, 1), PADDING: True}
 
-    def _batch(self, coming: "_Coming", size: int) -> Dict[str, Any]:
+    def _batch(self, coming: "_Coming", size: int) -> Batch:
         samples = []
         for _ in range(size):
             row = coming.take()
             samples.append(self.dataset.sample_of(itertools.chain([row], coming), seed=self.seed, epoch=self.epoch))
         return self.dataset.collater(samples)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardSource:
+    """A `lavis_kvmod.datasets.loading.loader.Source` of batches from shards.
+
+    Attributes:
+        stream: the batches of any one epoch.
+    """
+
+    stream: BatchStream
+    depends_on_readers: ClassVar[bool] = True
+
+    @property
+    def dataset(self) -> Any:
+        """Whose batches they are."""
+        return self.stream.dataset
+
+    @property
+    def num_batches(self) -> int:
+        """In an epoch."""
+        return self.stream.plan.num_batches
+
+    def since(self, epoch: int, start: int) -> BatchStream:
+        """The batches of an epoch from that one on."""
+        return replace(self.stream, epoch=epoch, start_batch=start)
+
+    def first_sample(self) -> Batch:
+        """A batch of one sample."""
+        plan = RankPlan(1, 1, rank=0, world_size=1, num_workers=1, even=True)
+        return next(replace(self.stream, plan=plan, start_batch=0)._batches(0))
 
 
 class _Coming:
@@ -236,7 +273,7 @@ class _Coming:
             yield self._ahead[number]
 
 
-def _in_order(read: Callable[[Iterable[int]], Iterator[Row]], order: Sequence[int]) -> Iterator[Row]:
+def _in_order(read: Callable[[Iterable[int]], Iterator[Row]], order: Union[Sequence[int], np.ndarray]) -> Iterator[Row]:
     """The rows at these positions, in this order; read in the shards' order, and kept until their turn."""
     kept: Dict[int, Row] = {}
     ascending = sorted(order)
@@ -246,82 +283,3 @@ def _in_order(read: Callable[[Iterable[int]], Iterator[Row]], order: Sequence[in
             at, row = next(coming)
             kept[at] = row
         yield kept.pop(position)
-
-
-class ShardLoader:
-    """This rank's batches of the epoch that was set last, from the batch that was set on.
-
-    Iterating starts worker processes anew, which end with the epoch.
-
-    Attributes:
-        dataset: whose batches they are.
-    """
-
-    def __init__(
-        self,
-        stream: BatchStream,
-        *,
-        num_workers: int,
-        pin_memory: bool,
-        worker_init_fn: Optional[Callable[[int], None]] = None,
-    ):
-        self.dataset = stream.dataset
-        self._stream = stream
-        self._options = {"num_workers": num_workers, "pin_memory": pin_memory, "worker_init_fn": worker_init_fn}
-
-    def __len__(self) -> int:
-        """Batches in a whole epoch, the same on all ranks in training."""
-        return self._stream.plan.num_batches
-
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Which epoch is read next, and how many of its batches have been had already.
-
-        Raises:
-            ValueError: for more batches than there are.
-        """
-        if not 0 <= start_batch <= len(self):
-            raise ValueError(f"start_batch: expected at most the {len(self)} batches of an epoch, got {start_batch}")
-        self._stream = replace(self._stream, epoch=epoch, start_batch=start_batch)
-
-    def __iter__(self) -> Iterator[Dict[str, Any]]:
-        """Start reading.
-
-        Raises (while iterating):
-            BadDataError, FileNotFoundError: as the worker process raised them.
-        """
-        # A DataLoader draws a seed for its workers: not from the run's own randomness.
-        generator = torch.Generator().manual_seed(stable_hash(self._stream.seed, "workers", self._stream.epoch))
-        loader = DataLoader(self._stream, batch_size=None, collate_fn=_as_it_is, generator=generator, **self._options)
-        return _Batches(iter(loader))
-
-    def first_sample(self) -> Dict[str, Any]:
-        """A batch of one sample, on a rank that may have none of its own."""
-        plan = RankPlan(1, 1, rank=0, world_size=1, num_workers=1, even=True)
-        return next(iter(_Batches(iter(replace(self._stream, plan=plan, start_batch=0)))))
-
-
-class _Failure:
-    """In place of a batch: why there is none. PyTorch would wrap the error in the traceback of the worker process."""
-
-    def __init__(self, error: Exception):
-        self.error = error
-
-
-class _Batches:
-    """Batches until one is a `_Failure`."""
-
-    def __init__(self, batches: Iterator):
-        self._batches = batches
-
-    def __iter__(self) -> "_Batches":
-        return self
-
-    def __next__(self) -> Dict[str, Any]:
-        batch = next(self._batches)
-        if isinstance(batch, _Failure):
-            raise batch.error
-        return batch
-
-
-def _as_it_is(batch):
-    return batch

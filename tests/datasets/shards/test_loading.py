@@ -12,6 +12,7 @@ from lavis.processors.blip_processors import BlipImageEvalProcessor, BlipImageTr
 from omegaconf import OmegaConf
 
 from lavis_kvmod.datasets.bad_samples import BadSamplePolicy
+from lavis_kvmod.datasets.loading.loader import PADDING
 from lavis_kvmod.datasets.shards import datasets, stream
 from lavis_kvmod.datasets.shards.builders import _patterns
 from lavis_kvmod.datasets.shards.counting import write_indices
@@ -48,7 +49,7 @@ def eval_data(folder, **options) -> WdsVQAEvalData:
 
 
 def answers(batches):
-    return [answer for batch in batches if stream.PADDING not in batch for answer in batch["answer"]]
+    return [answer for batch in batches if PADDING not in batch for answer in batch["answer"]]
 
 
 def everything(times=1):
@@ -116,7 +117,7 @@ def test_a_rank_without_a_sample_left_gets_a_batch_that_counts_nothing(vqa_shard
     short = train_data(folder).make_loader(batch_size=1, rank=0, world_size=2)
     assert len(short) == 2
     first, second = short
-    assert stream.PADDING not in first and second[stream.PADDING] is True
+    assert PADDING not in first and second[PADDING] is True
     assert second["image"].shape == (1, 3, 16, 16)
 
 

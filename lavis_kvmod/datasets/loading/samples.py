@@ -1,0 +1,68 @@
+"""The batches of a data set that has samples by number."""
+
+from dataclasses import dataclass
+from typing import Any, Callable, ClassVar, Optional
+
+import torch
+from torch.utils.data import Dataset
+
+from lavis_kvmod.datasets.loading.loader import PADDING, Batch, or_failure
+from lavis_kvmod.datasets.loading.plans import BatchPlan, EpochPlan, SamplePlan
+from lavis_kvmod.datasets.seeding import seeded
+
+__all__ = ["SampleSource"]
+
+
+@dataclass(frozen=True)
+class SampleSource:
+    """A `Source` of samples by number, each read under a seed of its own.
+
+    Attributes:
+        dataset: with a length.
+        plan: which samples a batch holds.
+        seed: for augmentation.
+        collate: makes a batch of samples; by default the data set's ``collater``, or torch's.
+    """
+
+    dataset: Any
+    plan: SamplePlan
+    seed: int = 0
+    collate: Optional[Callable] = None
+    depends_on_readers: ClassVar[bool] = False
+
+    @property
+    def num_batches(self) -> int:
+        """In an epoch."""
+        return self.plan.num_batches
+
+    def since(self, epoch: int, start: int) -> Dataset:
+        """The batches of an epoch from that one on."""
+        return _Batches(self, self.plan.epoch(epoch), start)
+
+    def first_sample(self) -> Batch:
+        """A batch of the first sample."""
+        return self.read(BatchPlan(0, 0, [0]))
+
+    def read(self, batch: BatchPlan) -> Batch:
+        """What a batch holds."""
+        samples = []
+        for index in batch.samples:
+            with seeded(self.seed, batch.epoch, index):
+                samples.append(self.dataset[index])
+        collate = self.collate or getattr(self.dataset, "collater", None) or torch.utils.data.default_collate
+        with seeded(self.seed, batch.epoch, "batch", batch.number):
+            read = collate(samples)
+        return {**read, PADDING: True} if batch.is_padding else read
+
+
+class _Batches(Dataset):
+    def __init__(self, source: SampleSource, epoch: EpochPlan, start: int):
+        self._source, self._epoch, self._start = source, epoch, start
+
+    def __len__(self) -> int:
+        return self._source.num_batches - self._start
+
+    def __getitem__(self, number: int) -> Batch:
+        if number >= len(self):
+            raise IndexError(number)
+        return or_failure(lambda: self._source.read(self._epoch.batch(self._start + number)))
