@@ -201,8 +201,12 @@ class KVModBase(Blip2Base):
 
     @property
     def stored_in_bf16(self) -> bool:
-        """Whether the ViT or OPT has weights in bfloat16, which then all is computed in."""
-        towers = (self.opt_model, self.visual_encoder)
+        """Whether a tower (the ViT, and what is frozen behind the Q-Former) has weights in bfloat16, which then all is
+        computed in."""
+        towers = [
+            self.visual_encoder,
+            *(getattr(self, part) for part, trained in self.behind_qformer.items() if not trained),
+        ]
         return any(p.dtype is torch.bfloat16 for tower in towers for p in tower.parameters())
 
     def float(self) -> "KVModBase":
