@@ -6,14 +6,14 @@ a feed-forward of its own for the query tokens. The text side (word embeddings, 
 built only where asked for: the OPT path runs on query tokens alone.
 """
 
-import math
 from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavis_kvmod.models.connectors.attention import attend_with
 from lavis_kvmod.models.connectors.kv_prefix import KeyProjection, KVPrefix
 
 KeyValue = Tuple[Tensor, Tensor]
@@ -58,59 +58,25 @@ class MultiHeadAttention(nn.Module):
     ) -> Tuple[Tensor, Optional[Tensor], KeyValue]:
         """hidden_states (b, q, hidden) attends to context (b, n, kv_width) -> (b, q, hidden), map, (K, V).
 
-        ``mask`` is additive, broadcastable to (b, h, q, n), and says nothing of prefix positions: those are never
-        masked. ``past`` are Keys/Values (b, h, m, d) of earlier positions of the context.
+        ``mask`` is additive, broadcastable to (b, h, q, n), and says nothing of prefix positions: see
+        `lavis_kvmod.models.connectors.attention`. ``past`` are Keys/Values (b, h, m, d) of earlier positions of the
+        context.
         """
-        beside_prefix = prefix is not None and prefix.gate is None  # in one softmax
+        in_one_softmax = prefix is not None and prefix.gate is None
         q = self._split_heads(self.query(hidden_states))
-        k = self._split_heads(self.key(context, bias_counts=beside_prefix))
+        k = self._split_heads(self.key(context, bias_counts=in_one_softmax))
         v = self._split_heads(self.value(context))
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        key_value = (k, v)
-
-        if prefix is None:
-            out, probs = self._attend(q, k, v, mask, output_attentions)
-        elif beside_prefix:  # one softmax over [prefix | context]
-            p = prefix.key.shape[2]
-            k = torch.cat([prefix.key.to(k.dtype), k], dim=2)  # (b, h, p + n, d)
-            v = torch.cat([prefix.value.to(v.dtype), v], dim=2)
-            out, probs = self._attend(q, k, v, _pad_front(mask, p), output_attentions)
-        else:  # a softmax of its own for the prefix, added behind a gate: exactly nothing while the gate is 0
-            out, probs = self._attend(q, k, v, mask, output_attentions)
-            k, v = prefix.key.to(k.dtype), prefix.value.to(v.dtype)
-            added, added_probs = self._attend(q, k, v, None, output_attentions, dropout=False)
-            gate = prefix.gate.to(out.dtype).view(1, -1, 1, 1)
-            out = out + gate * added
-            if output_attentions:
-                probs = torch.cat([gate * added_probs, probs], dim=-1)
-
+        dropout = self.dropout if self.training else 0.0
+        out, probs = attend_with(prefix, q, k, v, mask, dropout=dropout, maps=output_attentions)
         b, h, n_q, d = out.shape
-        return out.transpose(1, 2).reshape(b, n_q, h * d), probs, key_value
+        return out.transpose(1, 2).reshape(b, n_q, h * d), probs, (k, v)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """(b, n, h * d) -> (b, h, n, d)"""
         b, n, _ = x.shape
         return x.view(b, n, self.num_heads, -1).transpose(1, 2)
-
-    def _attend(self, q, k, v, mask, output_attentions, dropout=True):
-        # The gated prefix is attended without dropout: it then draws no random numbers, and a model whose gate is
-        # still closed trains exactly as one without a prefix, seed for seed.
-        dropout_p = self.dropout if dropout and self.training else 0.0
-        if mask is not None:
-            mask = mask.to(q.dtype)
-        if not output_attentions:
-            return F.scaled_dot_product_attention(q, k, v, mask, dropout_p), None
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        if mask is not None:
-            scores = scores + mask
-        probs = scores.softmax(dim=-1)
-        return F.dropout(probs, dropout_p) @ v, probs
-
-
-def _pad_front(mask: Optional[Tensor], p: int) -> Optional[Tensor]:
-    """Extend an additive mask (…, n) by ``p`` never-masked positions in front: (…, p + n)."""
-    return None if mask is None else F.pad(mask, (p, 0), value=0.0)
 
 
 class ResidualOutput(nn.Module):
@@ -123,13 +89,14 @@ class ResidualOutput(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """(…, in_width), (…, hidden) -> (…, hidden)"""
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 
 class AttentionBlock(nn.Module):
     """Attention and its output projection; ``self`` and ``output`` are the names in BLIP-2's checkpoints."""
 
-    def __init__(self, *, hidden_size, num_heads, kv_width, dropout, layer_norm_eps):
+    def __init__(self, *, hidden_size: int, num_heads: int, kv_width: int, dropout: float, layer_norm_eps: float):
         super().__init__()
         self.self = MultiHeadAttention(hidden_size=hidden_size, num_heads=num_heads, kv_width=kv_width, dropout=dropout)
         self.output = ResidualOutput(
@@ -139,7 +106,10 @@ class AttentionBlock(nn.Module):
             layer_norm_eps=layer_norm_eps,
         )
 
-    def forward(self, hidden_states, context, mask=None, **attention):
+    def forward(
+        self, hidden_states: Tensor, context: Tensor, mask: Optional[Tensor] = None, **attention: Any
+    ) -> Tuple[Tensor, Optional[Tensor], KeyValue]:
+        """As `MultiHeadAttention.forward`, with the residual and its norm."""
         attended, probs, key_value = self.self(hidden_states, context, mask, **attention)
         return self.output(attended, hidden_states), probs, key_value
 
@@ -152,7 +122,17 @@ class Intermediate(nn.Module):
         self.dense = nn.Linear(hidden_size, intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(…, hidden) -> (…, intermediate)"""
         return F.gelu(self.dense(x))
+
+
+class LayerTrace(NamedTuple):
+    """What a layer leaves beside its hidden states: Keys and Values of the self-attention; the two attention maps where
+    they are asked for (and there is cross-attention)."""
+
+    key_value: KeyValue
+    self_probs: Optional[Tensor]
+    cross_probs: Optional[Tensor]
 
 
 class QFormerLayer(nn.Module):
@@ -171,23 +151,13 @@ class QFormerLayer(nn.Module):
         with_text: bool,
     ):
         super().__init__()
-        block = dict(
-            hidden_size=hidden_size,
-            num_heads=num_heads,
-            dropout=dropout,
-            layer_norm_eps=layer_norm_eps,
-        )
-        self.attention = AttentionBlock(kv_width=hidden_size, **block)
+        norms: Dict[str, Any] = dict(hidden_size=hidden_size, dropout=dropout, layer_norm_eps=layer_norm_eps)
+        self.attention = AttentionBlock(kv_width=hidden_size, num_heads=num_heads, **norms)
         self.has_cross_attention = encoder_width is not None
-        if self.has_cross_attention:
-            self.crossattention = AttentionBlock(kv_width=encoder_width, **block)
+        if encoder_width is not None:
+            self.crossattention = AttentionBlock(kv_width=encoder_width, num_heads=num_heads, **norms)
         widen = dict(hidden_size=hidden_size, intermediate_size=intermediate_size)
-        narrow = dict(
-            in_width=intermediate_size,
-            hidden_size=hidden_size,
-            dropout=dropout,
-            layer_norm_eps=layer_norm_eps,
-        )
+        narrow: Dict[str, Any] = dict(in_width=intermediate_size, **norms)
         if with_text:
             self.intermediate = Intermediate(**widen)
             self.output = ResidualOutput(**narrow)
@@ -205,8 +175,8 @@ class QFormerLayer(nn.Module):
         prefix: Optional[KVPrefix],
         past: Optional[KeyValue],
         output_attentions: bool,
-    ):
-        """(b, q + t, hidden) -> the same shape, self map, cross map or None, (K, V) of the self-attention."""
+    ) -> Tuple[Tensor, LayerTrace]:
+        """(b, q + t, hidden) -> the same shape, and what the layer leaves beside it."""
         hidden_states, self_probs, key_value = self.attention(
             hidden_states,
             hidden_states,
@@ -229,13 +199,21 @@ class QFormerLayer(nn.Module):
             outputs.append(self.output_query(self.intermediate_query(queries), queries))
         if text.shape[1]:
             outputs.append(self.output(self.intermediate(text), text))
-        return torch.cat(outputs, dim=1), self_probs, cross_probs, key_value
+        return torch.cat(outputs, dim=1), LayerTrace(key_value, self_probs, cross_probs)
 
 
 class QFormerEmbeddings(nn.Module):
     """Query tokens as they are, in front of embedded text; one LayerNorm over both."""
 
-    def __init__(self, *, hidden_size, vocab_size, max_position_embeddings, dropout, layer_norm_eps):
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        vocab_size: Optional[int],
+        max_position_embeddings: int,
+        dropout: float,
+        layer_norm_eps: float,
+    ):
         super().__init__()
         if vocab_size:
             self.word_embeddings = nn.Embedding(vocab_size, hidden_size, padding_idx=0)
@@ -299,57 +277,69 @@ class QFormerModel(nn.Module):
         Raises:
             ValueError: without any input, or if the number of prefixes is not that of cross-attention layers.
         """
-        if query_embeds is None and input_ids is None:
-            raise ValueError("the Q-Former needs query_embeds, input_ids or both; got neither")
-        if input_ids is not None and not hasattr(self.embeddings, "word_embeddings"):
-            raise ValueError("this Q-Former has no text side: build it with vocab_size to pass input_ids")
-        layers = self.encoder.layer
-        num_cross = sum(layer.has_cross_attention for layer in layers)
-        if prefix is not None and len(prefix) != num_cross:
-            raise ValueError(f"expected one prefix for each of {num_cross} cross-attention layers, got {len(prefix)}")
-
+        self._check(query_embeds, input_ids, prefix)
         past_positions = past_key_values[0][0].shape[2] if past_key_values else 0
         # Past text positions continue the numbering; the queries among them have none.
         past_length = max(past_positions - self.num_queries, 0)
         hidden_states = self.embeddings(query_embeds, input_ids, past_length)
         num_queries = 0 if query_embeds is None else query_embeds.shape[1]
-
-        self_mask = self_attention_mask(
-            attention_mask,
-            num_queries=num_queries,
-            num_text=0 if input_ids is None else input_ids.shape[1],
-            num_past=past_positions,
-            causal=is_decoder,
-            like=hidden_states,
+        num_text = 0 if input_ids is None else input_ids.shape[1]
+        masks = dict(
+            self_mask=self_attention_mask(
+                attention_mask,
+                num_queries=num_queries,
+                num_text=num_text,
+                num_past=past_positions,
+                causal=is_decoder,
+                like=hidden_states,
+            ),
+            visual_mask=visual_attention_mask(encoder_attention_mask, like=hidden_states),
         )
-        visual_mask = None
-        if encoder_attention_mask is not None:
-            hidden = 1.0 - encoder_attention_mask[:, None, None, :].to(hidden_states.dtype)
-            visual_mask = hidden * torch.finfo(hidden_states.dtype).min
-
-        prefixes = iter(prefix or [None] * num_cross)
-        cache, self_maps, cross_maps = [], [], []
-        for i, layer in enumerate(layers):
-            hidden_states, self_probs, cross_probs, key_value = layer(
+        prefixes = iter(prefix or ())
+        traces: List[LayerTrace] = []
+        for i, layer in enumerate(self.encoder.layer):
+            hidden_states, trace = layer(
                 hidden_states,
                 num_queries=num_queries,
-                self_mask=self_mask,
                 visual_tokens=encoder_hidden_states,
-                visual_mask=visual_mask,
-                prefix=next(prefixes) if layer.has_cross_attention else None,
+                prefix=next(prefixes, None) if layer.has_cross_attention else None,
                 past=past_key_values[i] if past_key_values else None,
                 output_attentions=output_attentions,
+                **masks,
             )
-            cache.append(key_value)
-            self_maps.append(self_probs)
-            if cross_probs is not None:
-                cross_maps.append(cross_probs)
-        return QFormerOutput(
-            last_hidden_state=hidden_states,
-            past_key_values=cache if use_cache else None,
-            self_attentions=self_maps if output_attentions else None,
-            cross_attentions=cross_maps if output_attentions else None,
-        )
+            traces.append(trace)
+        return _output(hidden_states, traces, use_cache, output_attentions)
+
+    def _check(
+        self, query_embeds: Optional[Tensor], input_ids: Optional[Tensor], prefix: Optional[Sequence[KVPrefix]]
+    ) -> None:
+        if query_embeds is None and input_ids is None:
+            raise ValueError("the Q-Former needs query_embeds, input_ids or both; got neither")
+        if input_ids is not None and not hasattr(self.embeddings, "word_embeddings"):
+            raise ValueError("this Q-Former has no text side: build it with vocab_size to pass input_ids")
+        num_cross = sum(layer.has_cross_attention for layer in self.encoder.layer)
+        if prefix is not None and len(prefix) != num_cross:
+            raise ValueError(f"expected one prefix for each of {num_cross} cross-attention layers, got {len(prefix)}")
+
+
+def _output(
+    hidden_states: Tensor, traces: Sequence[LayerTrace], use_cache: bool, output_attentions: bool
+) -> QFormerOutput:
+    output = QFormerOutput(hidden_states)
+    if use_cache:
+        output.past_key_values = [trace.key_value for trace in traces]
+    if output_attentions:
+        output.self_attentions = [trace.self_probs for trace in traces if trace.self_probs is not None]
+        output.cross_attentions = [trace.cross_probs for trace in traces if trace.cross_probs is not None]
+    return output
+
+
+def visual_attention_mask(visible: Optional[Tensor], like: Tensor) -> Optional[Tensor]:
+    """The additive mask (b, 1, 1, n) of visual tokens that are seen (1) or not (0) (b, n); None where all are."""
+    if visible is None:
+        return None
+    hidden = 1.0 - visible[:, None, None, :].to(like.dtype)
+    return hidden * torch.finfo(like.dtype).min
 
 
 def self_attention_mask(
@@ -446,7 +436,7 @@ class QFormer(nn.Module):
         )
         self.apply(_init_as_bert)
 
-    def forward(self, *args, **kwargs) -> QFormerOutput:
+    def forward(self, *args: Any, **kwargs: Any) -> QFormerOutput:
         """See `QFormerModel.forward`."""
         return self.bert(*args, **kwargs)
 

@@ -158,6 +158,24 @@ def test_prefix_is_attended_beside_the_visual_tokens(pair, inputs):
     assert not torch.allclose(ours(**inputs, prefix=random_prefix(2)).last_hidden_state, plain)
 
 
+@pytest.mark.parametrize("maps", [False, True], ids=["fused", "maps"])
+@pytest.mark.parametrize("gate", [None, torch.tensor([0.0, 0.5, -0.5, 0.9])], ids=["one softmax", "gated"])
+def test_a_mask_of_the_visual_tokens_is_none_of_the_prefix(pair, inputs, gate, maps):
+    """Hidden visual tokens are as good as absent, and the prefix stands as if nothing were hidden."""
+    _, ours = pair
+    del inputs["input_ids"]
+    prefix = dict(prefix=random_prefix(2, gate=gate), output_attentions=maps)
+    visible = torch.ones(B, N)
+    visible[:, 4:] = 0
+    got = ours(**inputs, **prefix, encoder_attention_mask=visible)
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :4]
+    expected = ours(**inputs, **prefix)
+    assert_close(got.last_hidden_state, expected.last_hidden_state)
+    for shown, alone in zip(got.cross_attentions or [], expected.cross_attentions or []):
+        assert_close(shown[..., : 3 + 4], alone)
+        assert shown[..., 3 + 4 :].abs().max() == 0
+
+
 def test_concatenating_zeros_is_not_the_identity(pair, inputs):
     """p zero Keys still take softmax mass: why the gate exists."""
     _, ours = pair
