@@ -21,7 +21,7 @@ from lavis_kvmod.models.optimizer_groups import optimizer_groups
 from lavis_kvmod.models.parts import PartSummary, summarise, train_only
 from lavis_kvmod.models.settings import PREFIX_GATES, ModelSettings
 from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder
-from lavis_kvmod.models.vision.feature_cache import FrozenFeatureCache, FrozenFeatures
+from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB, FrozenFeatureCache, FrozenFeatures
 from lavis_kvmod.system.paths import resource
 from lavis_kvmod.system.precision import cpu_has_bf16, frozen_dtype_on_cpu
 from lavis_kvmod.weights import finding
@@ -45,7 +45,7 @@ class KVModBase(Blip2Base):
         num_query_token: how many query tokens.
         freeze_vit: False also trains the ViT and ``ln_vision`` (LAVIS's captioning recipe).
         image_size: side of the input image in pixels, as the ViT was built.
-        cache_frozen_features: see `FrozenFeatureCache`.
+        cache_frozen_features, feature_cache_gib: see `FrozenFeatureCache`.
         ln_vision_loaded: whether ``ln_vision``, which has no file of its own, came with the ViT handed in; else a
             checkpoint must hold it.
 
@@ -66,6 +66,7 @@ class KVModBase(Blip2Base):
         freeze_vit: bool = True,
         image_size: int = 224,
         cache_frozen_features: bool = False,
+        feature_cache_gib: float = DEFAULT_GIB,
         ln_vision_loaded: bool = True,
     ):
         super().__init__()
@@ -77,7 +78,7 @@ class KVModBase(Blip2Base):
         self.Qformer = qformer
         self.freeze_vit = freeze_vit
         self.image_size = image_size
-        self.feature_cache = FrozenFeatureCache() if cache_frozen_features else None
+        self.feature_cache = FrozenFeatureCache(feature_cache_gib) if cache_frozen_features else None
         self.ln_vision_loaded = ln_vision_loaded
 
     def _add_prefix(
@@ -153,7 +154,13 @@ class KVModBase(Blip2Base):
         keys = samples.get("image_key")
         if self.feature_cache is None or keys is None:
             return self._encode_image(image)
-        return self.feature_cache(keys, image, self._encode_image)
+        return self.feature_cache(keys, image, self._encode_to_keep)
+
+    def _encode_to_keep(self, image: Tensor) -> FrozenFeatures:
+        """In the precision of the tower's weights: autocast adds a half-precision tower's layers up in float32."""
+        features = self._encode_image(image)
+        smallest = min(self.visual_encoder.parameters(), key=lambda parameter: parameter.element_size())
+        return features._replace(visual_tokens=features.visual_tokens.to(smallest.dtype))
 
     def _encode_image(self, image: Tensor) -> FrozenFeatures:
         """(b, 3, H, H) -> visual tokens (b, n, width), pooled auxiliary features (b, f) or None."""

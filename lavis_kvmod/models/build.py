@@ -32,6 +32,7 @@ class ImageSide(NamedTuple):
             freeze_vit=settings.freeze_vit,
             image_size=settings.image_size,
             cache_frozen_features=settings.cache_frozen_features,
+            feature_cache_gib=settings.feature_cache_gib,
         )
 
 

@@ -8,6 +8,7 @@ from lavis_kvmod.models.language.opt import language_model_weights
 from lavis_kvmod.models.language.text import check_prompt
 from lavis_kvmod.models.vision import auxiliary
 from lavis_kvmod.models.vision.encoders import VISION_ENCODERS, vision_weights
+from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB
 from lavis_kvmod.weights.finding import WeightFile
 
 PREFIX_GATES = ("none", "tanh")
@@ -75,6 +76,7 @@ class ModelSettings:
     # training
     answer_loss: str = "sample"
     cache_frozen_features: bool = False
+    feature_cache_gib: float = DEFAULT_GIB  # in each process
 
     @classmethod
     def from_config(cls, cfg: Mapping) -> "ModelSettings":
@@ -118,6 +120,9 @@ class ModelSettings:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 found.append(f"{key}: expected a whole number above 0, got {value!r}")
+        limit = self.feature_cache_gib
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
+            found.append(f"feature_cache_gib: expected a number above 0, got {limit!r}")
         for key in ("vit_geometry", "qformer_geometry"):
             if not isinstance(getattr(self, key), dict):
                 found.append(f"{key}: expected a table of sizes, got {getattr(self, key)!r}")

@@ -541,6 +541,17 @@ def test_cached_features_do_not_depend_on_the_company(build, images):
     assert encoded.soft_prompt.shape[0] == 20
 
 
+def test_cached_features_take_the_towers_precision(build, images):
+    """Under autocast the layers' sum is fp32, of which a half-precision tower's features need half."""
+    model = build(vit_precision="bf16", cache_frozen_features=True, feature_cache_gib=1).eval()
+    batch = {"image": images(2), "image_key": ["a", "b"]}
+    plain = model.encode({"image": batch["image"]}).soft_prompt
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.encode(batch)
+    assert {model.feature_cache._by_key[key].visual_tokens.dtype for key in "ab"} == {torch.bfloat16}
+    assert torch.allclose(model.encode(batch).soft_prompt, plain, atol=0.02)
+
+
 # ------------------------------------------------------------------ precision on the CPU
 
 

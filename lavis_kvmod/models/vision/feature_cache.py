@@ -1,13 +1,19 @@
 """Remember what the frozen encoders said of an image, so that later epochs skip them."""
 
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
+import logging
+from typing import Callable, Dict, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
+__all__ = ["DEFAULT_GIB", "FrozenFeatureCache", "FrozenFeatures"]
+
 # Images are encoded so many at a time, the last ones with copies of one beside them: how kernels round depends on the
 # size of the batch, and a run that is resumed meets an image in other company than one that was not interrupted.
 _TOGETHER = 16
+
+# What a process may keep unless it is told: 5,900 images of EVA-CLIP-G at 224 px.
+DEFAULT_GIB = 4.0
 
 
 class FrozenFeatures(NamedTuple):
@@ -18,15 +24,22 @@ class FrozenFeatures(NamedTuple):
 
 
 class FrozenFeatureCache:
-    """Features by image key, kept on the CPU.
+    """Features by image key, kept in the CPU's memory.
 
     A data set that gives a sample an ``image_key`` promises that equal keys mean equal pixels *after* the image
     processor; with random crops there must be no key. Memory is that of all visual tokens: 724 KB an image for
-    EVA-CLIP-G in fp16, so this is for small sets.
+    EVA-CLIP-G in fp16. What is met when the cache is full is encoded in the same way: a run that is
+    resumed fills it with others, and computes the same.
+
+    Args:
+        max_gib: how much is kept, in each process; when that is reached, further images are encoded anew each time.
     """
 
-    def __init__(self):
+    def __init__(self, max_gib: float = DEFAULT_GIB):
         self._by_key: Dict[str, FrozenFeatures] = {}
+        self._max_gib = max_gib
+        self._bytes_left = max_gib * 2**30
+        self._is_full = False
 
     def __call__(
         self,
@@ -37,20 +50,39 @@ class FrozenFeatureCache:
         """Features of ``image`` (b, 3, H, W), encoding only the images whose key is new."""
         new: Dict[str, int] = {k: i for i, k in enumerate(keys) if k not in self._by_key}
         todo = list(new.items())
+        not_kept: Dict[str, FrozenFeatures] = {}
         for start in range(0, len(todo), _TOGETHER):
             some = todo[start : start + _TOGETHER]
             rows = [row for _, row in some]
             encoded = encode(image[rows + rows[:1] * (_TOGETHER - len(rows))])
+            pooled = encoded.pooled
             for row, (key, _) in enumerate(some):
-                self._by_key[key] = FrozenFeatures(
-                    *(None if part is None else part[row].to("cpu", copy=True) for part in encoded)
+                own = FrozenFeatures(
+                    _kept(encoded.visual_tokens[row]), _kept(pooled[row]) if pooled is not None else None
                 )
-        return FrozenFeatures(*map(self._stack(image.device), zip(*(self._by_key[k] for k in keys))))
+                (self._by_key if self._has_room_for(own) else not_kept)[key] = own
+        found = [self._by_key.get(key) or not_kept[key] for key in keys]
+        visual_tokens = torch.stack([one.visual_tokens for one in found]).to(image.device)
+        all_pooled = [one.pooled for one in found if one.pooled is not None]
+        return FrozenFeatures(visual_tokens, torch.stack(all_pooled).to(image.device) if all_pooled else None)
+
+    def _has_room_for(self, features: FrozenFeatures) -> bool:
+        needed = sum(part.numel() * part.element_size() for part in features if part is not None)
+        if not self._is_full and needed > self._bytes_left:
+            self._is_full = True
+            logging.warning(
+                "the features of %d images fill model.feature_cache_gib: %g; further images are encoded each time",
+                *(len(self._by_key), self._max_gib),
+            )
+        if not self._is_full:
+            self._bytes_left -= needed
+        return not self._is_full
 
     def clear(self) -> None:
         """Forget everything: the encoders' weights have changed."""
         self._by_key.clear()
+        self._bytes_left, self._is_full = self._max_gib * 2**30, False
 
-    @staticmethod
-    def _stack(device) -> Callable[[List[Optional[Tensor]]], Optional[Tensor]]:
-        return lambda parts: None if parts[0] is None else torch.stack(parts).to(device)
+
+def _kept(part: Tensor) -> Tensor:
+    return part.to("cpu", copy=True)
