@@ -61,7 +61,12 @@ _OPT_GEOMETRY = {
 }
 
 
-def _opt_config(name: str, folder: Optional[Path]) -> OPTConfig:
+def opt_config(name: str, folder: Optional[Path]) -> OPTConfig:
+    """The geometry of the language model ``name``: from its folder, else what is known of its name.
+
+    Raises:
+        MissingWeightsError: if nothing is known of it.
+    """
     if folder is not None:
         return OPTConfig.from_pretrained(str(folder))
     if name == "demo":
@@ -93,7 +98,7 @@ def build_language_model(name: str, *, precision: str = "fp16", use_grad_checkpo
     file = language_model_weights(name)
     folder = file.fetch() if load else file.local_path()
     with empty_weights():
-        model = FrozenOPT(_opt_config(name, folder))
+        model = FrozenOPT(opt_config(name, folder))
     if use_grad_checkpoint:
         recompute_in_backward(model.model.decoder.layers)
     model.to(DTYPES[precision])

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lavis_kvmod.models.language.positions import require_positions
 from lavis_kvmod.models.language.text import IGNORED, TextBatch, answer_ids, continuation_batch, prompt_batch
 from lavis_kvmod.system.sharding import is_sharded
 from lavis_kvmod.system.text_cleaning import one_line
@@ -44,9 +45,10 @@ def token_losses(opt, soft_prompt: Tensor, text: TextBatch) -> Tuple[Tensor, Ten
         For the k labelled tokens, the row each is in (k,) and its loss (k,), in the rows' order.
 
     Raises:
-        ValueError: if no token is labelled.
+        ValueError: if no token is labelled, or the language model has not so many positions.
     """
     q = soft_prompt.shape[1]
+    require_positions(opt, q, text.input_ids.shape[1])
     embedded = opt.get_input_embeddings()(text.input_ids)
     hidden = opt.model.decoder(
         inputs_embeds=torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1),
@@ -71,8 +73,15 @@ def full_mask(soft_prompt: Tensor, text: TextBatch) -> Tensor:
 def continue_texts(
     opt, tokenizer, soft_prompt: Tensor, contexts: Sequence[List[int]], *, stop: int, **search
 ) -> List[List[int]]:
-    """Token ids that OPT adds to each context up to the token ``stop``, itself counted; ``search`` is generate's."""
+    """Token ids that OPT adds to each context up to the token ``stop``, itself counted; ``search`` is generate's,
+    with ``min_length`` the fewest tokens in front of ``stop``.
+
+    Raises:
+        ValueError: if the language model has not so many positions.
+    """
     text = prompt_batch(tokenizer, contexts, soft_prompt.device)
+    require_positions(opt, soft_prompt.shape[1], text.input_ids.shape[1], search["max_new_tokens"])
+    search["min_new_tokens"] = search.pop("min_length")
     # transformers 4.26 repeats ids and mask for beams and samples, but not query_embeds.
     repeats = search.get("num_return_sequences", 1) if search["do_sample"] else search["num_beams"]
     dtype = opt.get_input_embeddings().weight.dtype
@@ -116,12 +125,13 @@ def rank_answers(
     ``num_candidates``, only those whose first token is likeliest are looked at further (as in BLIP, arXiv 2201.12086).
 
     Raises:
-        ValueError: without candidates, or for an empty one.
+        ValueError: without candidates, for an empty one, or if the language model has not so many positions.
     """
     if not candidates:
         raise ValueError("inference_method 'rank' needs candidates: give answer_list, or use 'generate'")
     ids = [answer_ids(tokenizer, answer, f"candidate {i}") for i, answer in enumerate(candidates)]
     prompt = prompt_batch(tokenizer, contexts, soft_prompt.device)
+    require_positions(opt, soft_prompt.shape[1], prompt.input_ids.shape[1], max(map(len, ids)))
     embedded = opt.get_input_embeddings()(prompt.input_ids)
     mask = full_mask(soft_prompt, prompt)
     shared = opt.model.decoder(

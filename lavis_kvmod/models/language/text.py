@@ -4,7 +4,8 @@ The text is tokenised as LAVIS and OPT do: BOS (``</s>``) first, and a closing n
 """
 
 import logging
-from typing import List, NamedTuple, Optional, Sequence, Union
+import re
+from typing import Callable, List, NamedTuple, Optional, Sequence, Set, Union
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from lavis_kvmod.system.text_cleaning import one_line
 
 IGNORED = -100  # label of a position without loss, as torch.nn.functional.cross_entropy has it
 QUESTION = "{}"
+# Shortened questions that the log has whole; of more it has the number, at 100, 1000, …
+QUESTIONS_TOLD = 10
 
 Prompt = Union[str, Sequence[str]]
 
@@ -26,11 +29,13 @@ class TextBatch(NamedTuple):
 
 
 def check_prompt(key: str, prompt) -> List[str]:
-    """Problems of a prompt from a config: it is text, with at most one place for the question."""
+    """Problems of a prompt: it is text, with at most one place for the question, and no other braces."""
     if not isinstance(prompt, str):
         return [f"{key}: expected text, got {prompt!r}"]
     if prompt.count(QUESTION) > 1:
         return [f"{key}: expected at most one {QUESTION} (the question's place), got {prompt!r}"]
+    if set("{}") & set(prompt.replace(QUESTION, "")):
+        return [f"{key}: expected no braces but {QUESTION} (the question's place), got {prompt!r}"]
     return []
 
 
@@ -48,16 +53,21 @@ def one_each(prompt: Prompt, count: int) -> List[str]:
 
 
 def question_contexts(tokenizer, questions: Sequence[str], prompt: Prompt, max_length: int) -> List[List[int]]:
-    """Token ids of each prompt with its question filled in, at most ``max_length`` long.
+    """Token ids of each prompt with its question filled in, at most ``max_length`` many.
 
-    A context that is too long loses words at the end of its *question*: the prompt's end, where the answer begins,
-    is kept. A prompt without ``{}`` stands in front of the question; an empty one is the question itself.
+    A context that is too long loses the end of its *question*, but never all of it: the prompt's end, where the answer
+    begins, is kept. A prompt without ``{}`` stands in front of the question; an empty one is the question itself.
 
     Raises:
-        ValueError: for an empty question.
+        ValueError: for an empty question, braces in the prompt other than ``{}``, or a prompt so long that no
+            question fits behind it.
     """
     contexts = []
-    for i, (question, template) in enumerate(zip(questions, one_each(prompt, len(questions)))):
+    prompts = one_each(prompt, len(questions))
+    problems = [problem for template in dict.fromkeys(prompts) for problem in check_prompt("prompt", template)]
+    if problems:
+        raise ValueError("; ".join(problems))
+    for i, (question, template) in enumerate(zip(questions, prompts)):
         if not question.strip():
             raise ValueError(f"sample {i} of the batch has an empty question")
         if QUESTION not in template:
@@ -67,21 +77,70 @@ def question_contexts(tokenizer, questions: Sequence[str], prompt: Prompt, max_l
 
 
 def _fit(tokenizer, template: str, question: str, max_length: int) -> List[int]:
-    words = question.split()
-    # The template is filled by `replace`, not `format`: a question may itself contain braces.
-    ids = tokenizer(template.replace(QUESTION, question)).input_ids
-    if len(ids) <= max_length:
-        return ids
-    while len(ids) > max_length and words:
-        words.pop()
-        ids = tokenizer(template.replace(QUESTION, " ".join(words))).input_ids
-    logging.warning(
-        "a question was shortened to %d words to fit max_txt_len: %d: %r",
-        len(words),
-        max_length,
-        question,
-    )
-    return ids
+    def ids(end: int) -> List[int]:
+        # The template is filled by `replace`, not `format`: a question may itself contain braces.
+        return tokenizer(template.replace(QUESTION, question[:end].rstrip())).input_ids
+
+    whole = ids(len(question))
+    if len(whole) <= max_length:
+        return whole
+    question = question.strip()
+
+    def fits(end: int) -> bool:
+        return len(ids(end)) <= max_length
+
+    # Words where there are some; else, as in Chinese or a URL, characters: half of what fits is worth a word's cut.
+    end = _longest([match.end() for match in re.finditer(r"\S+", question)], fits)
+    with_part = end + _longest(range(1, len(question) - end + 1), lambda more: fits(end + more))
+    if with_part > 2 * end:
+        end = with_part
+    if end == 0:
+        raise ValueError(
+            f"the prompt {template!r} has {len(ids(0))} tokens, and max_txt_len: {max_length} leaves no room for the "
+            f"question {shown(question)}; shorten the prompt, or set model.max_txt_len higher"
+        )
+    _tell_shortened(question, question[:end].rstrip(), max_length)
+    return ids(end)
+
+
+def _longest(rising: Sequence[int], fits: Callable[[int], bool]) -> int:
+    """The greatest of ``rising`` numbers that fits, found by halving; 0 if none does."""
+    low, high = 0, len(rising)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if fits(rising[middle]) else (low, middle)
+    return rising[low - 1] if low else 0
+
+
+class _Shortened:
+    """Tells of each question that is shortened once, however often it is asked; after the first few it only counts."""
+
+    def __init__(self) -> None:
+        self._hashes: Set[int] = set()
+
+    def __call__(self, question: str, kept: str, max_length: int) -> None:
+        if hash(question) in self._hashes:
+            return
+        self._hashes.add(hash(question))
+        count = len(self._hashes)
+        if count <= QUESTIONS_TOLD:
+            logging.warning(
+                "a question was shortened to fit max_txt_len: %d: of %s the model reads %s",
+                max_length,
+                shown(question),
+                shown(kept),
+            )
+        elif count == 10 ** (len(str(count)) - 1):
+            logging.warning("%d questions so far were shortened to fit max_txt_len: %d", count, max_length)
+
+
+_tell_shortened = _Shortened()
+
+
+def shown(text: str, longest: int = 200) -> str:
+    """``text`` in quotes for a message, its middle left out if it is long."""
+    half = longest // 2
+    return repr(text if len(text) <= longest else f"{text[:half]} … {text[-half:]}")
 
 
 def answer_ids(tokenizer, answer: str, what: str = "the answer") -> List[int]:

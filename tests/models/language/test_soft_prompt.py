@@ -134,3 +134,15 @@ def test_a_candidate_with_a_line_break_is_ranked_as_one_line(build, images):
         for answers in ([f"a cat{between}on a mat" for between in ("\n", "\t ", "\r\n")], ["a cat on a mat"])
     ]
     assert ranked[0] == ranked[1] and ranked[0][0].answer == "a cat on a mat"
+
+
+def test_the_fewest_tokens_are_new_ones(build, images):
+    """The prompt's do not count, in answers as in captions."""
+    model, batch = build().eval(), asked(images)
+    search = dict(num_beams=1, return_scores=True)
+    for least in (1, 9):
+        answers = model.predict_answers(batch, prompt=PROMPT, max_len=12, min_len=least, **search)
+        captions = model.generate({**batch, "prompt": "a photo of"}, max_length=12, min_length=least, **search)
+        for text in answers + captions:
+            ends = text.num_tokens < 12  # the newline counts where there is one
+            assert text.num_tokens - ends >= least
