@@ -27,7 +27,7 @@ from lavis_kvmod.models.language.text import (
     TextBatch,
     answer_batch,
     caption_batch,
-    one_each,
+    caption_contexts,
     question_contexts,
 )
 from lavis_kvmod.models.settings import ANSWER_LOSSES, ModelSettings
@@ -166,7 +166,7 @@ class Blip2OPTKVMod(KVModBase):
         use_nucleus_sampling: bool = False,
         num_beams: int = 5,
         max_length: int = 30,
-        min_length: int = 1,
+        min_length: int = 0,
         top_p: float = 0.9,
         repetition_penalty: float = 1.0,
         length_penalty: float = 1.0,
@@ -180,15 +180,15 @@ class Blip2OPTKVMod(KVModBase):
             samples: ``image`` (b, 3, H, H), optionally ``prompt``.
             use_nucleus_sampling: sample with ``top_p`` and ``temperature`` instead of beam search.
             max_length: most new tokens, the prompt not counted.
-            min_length: fewest tokens, the prompt's counted, as in LAVIS.
+            min_length: fewest new tokens in front of the closing newline, as in LAVIS main. (The default does as LAVIS
+                1.0.2's 1, which counts the prompt's.)
             num_captions: captions for each image.
             return_scores: also say how likely the model finds each text.
 
         Returns:
             b * num_captions strings, the captions of an image together; with ``return_scores`` as `ScoredAnswer`.
         """
-        prompts = one_each(samples.get("prompt", self.prompt), len(samples["image"]))
-        contexts = [self.opt_tokenizer(prompt).input_ids for prompt in prompts]
+        contexts = caption_contexts(self.opt_tokenizer, samples.get("prompt", self.prompt), len(samples["image"]))
         return self._continue(
             self.encode(samples).soft_prompt,
             contexts,
