@@ -218,20 +218,26 @@ def vqa_batch():
 
 @pytest.fixture()
 def served(tmp_path, monkeypatch):
-    """A folder, the URL that a server on this machine has it under, and the requests that it got (method and path);
-    with an empty download cache."""
+    """A folder, the URL that a server on this machine has it under, the requests that it got (method and path), and the
+    headers that it adds to its answers; with an empty download cache."""
     folder = tmp_path / "served"
     folder.mkdir()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
-    requests = []
+    requests, headers = [], {}
 
     class Handler(SimpleHTTPRequestHandler):
+        def end_headers(self):
+            for key, value in headers.items():
+                self.send_header(key, value)
+            super().end_headers()
+
         def log_request(self, *args):
             requests.append((self.command, self.path))
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        yield SimpleNamespace(folder=folder, url=f"http://127.0.0.1:{server.server_port}", requests=requests)
+        url = f"http://127.0.0.1:{server.server_port}"
+        yield SimpleNamespace(folder=folder, url=url, requests=requests, headers=headers)
         server.shutdown()
 
 

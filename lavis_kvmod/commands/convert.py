@@ -6,15 +6,13 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Dict, NamedTuple, Optional, Tuple
+from typing import Dict, Hashable, NamedTuple, Optional, Tuple
 
 import torch
 from tqdm import tqdm
 
-from lavis_kvmod.weights import files
-from lavis_kvmod.weights import hf_folders as folders
-from lavis_kvmod.weights import hf_names as names
-from lavis_kvmod.weights.files import CheckpointError, listing
+from lavis_kvmod.weights import hf_folders, hf_names
+from lavis_kvmod.weights.files import CheckpointError, listing, whole_or_nothing
 from lavis_kvmod.weights.finding import WeightFile
 from lavis_kvmod.weights.tensors import LazyTensor, TensorFiles, write_pth, write_safetensors
 
@@ -44,8 +42,8 @@ class Checkpoint(NamedTuple):
     """
 
     tensors: Dict[str, LazyTensor]
-    config: Optional[folders.Config] = None
-    opt_config: Optional[folders.Config] = None
+    config: Optional[hf_folders.Config] = None
+    opt_config: Optional[hf_folders.Config] = None
     side_folders: Tuple[Path, ...] = ()
 
 
@@ -75,7 +73,7 @@ def convert(
         vit: a file for the image encoder, if that is lacking.
         opt: an OPT folder for the language model, if that is lacking, and for its config.
         drop_prefix: leave the KV prefix out.
-        vit_heads, qformer_heads: see `lavis_kvmod.weights.finding.hf_folders.new_config`.
+        vit_heads, qformer_heads: see `lavis_kvmod.weights.hf_folders.new_config`.
         shard_bytes: most bytes in one file of a folder.
 
     Raises:
@@ -86,32 +84,51 @@ def convert(
     path = Path(target).expanduser()
     kind = _kind(path)
     found = _gather(TensorFiles(), source, base, vit, opt)
-    tensors, config = found.tensors, found.config
     if drop_prefix:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(names.PREFIX)}
-    if kind != "folder":
-        tensors = names.within_vocabulary(tensors)
+        kept = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(hf_names.PREFIX)}
+        found = found._replace(tensors=kept)
+    if kind == "folder":
+        _write_folder(path, found, source, vit_heads, qformer_heads, shard_bytes)
     else:
-        tensors = _whole_stock_model(tensors, source)
-        if config is None and found.opt_config is None:
+        _write_file(path, found, kind)
+
+
+def _write_folder(
+    path: Path,
+    found: Checkpoint,
+    source: str,
+    vit_heads: Optional[int],
+    qformer_heads: Optional[int],
+    shard_bytes: int,
+) -> None:
+    tensors, config = _whole_stock_model(found.tensors, source), found.config
+    if config is None:
+        if found.opt_config is None:
             raise CheckpointError(
                 f"{source} does not say what its language model is; give --opt FOLDER, whose config.json does"
             )
-        config = config or folders.new_config(tensors, found.opt_config, vit_heads, qformer_heads)
-        tensors = names.to_hf(tensors, source)
+        config = hf_folders.new_config(tensors, found.opt_config, vit_heads, qformer_heads)
+    tensors = hf_names.to_hf(tensors, source)
+    with whole_or_nothing(path) as temporary, _progress(tensors, path) as progress:
+        hf_folders.write(
+            temporary,
+            tensors,
+            config,
+            side_files_of=found.side_folders,
+            shard_bytes=shard_bytes,
+            written=progress.update,
+        )
 
+
+def _write_file(path: Path, found: Checkpoint, kind: str) -> None:
+    tensors = hf_names.within_vocabulary(found.tensors)
     # With the config in it, a file needs no options on the way back.
-    extra = {"hf_config": json.dumps(config)} if config else {}
-    with files.whole_or_nothing(path) as temporary, _progress(tensors, path) as progress:
-        written = progress.update
-        if kind == "folder":
-            folders.write(
-                temporary, tensors, config, side_files_of=found.side_folders, shard_bytes=shard_bytes, written=written
-            )
-        elif kind == ".safetensors":
-            write_safetensors(temporary, tensors, {"format": "pt", **extra}, written)
+    extra = {"hf_config": json.dumps(found.config)} if found.config else {}
+    with whole_or_nothing(path) as temporary, _progress(tensors, path) as progress:
+        if kind == ".safetensors":
+            write_safetensors(temporary, tensors, {"format": "pt", **extra}, progress.update)
         else:
-            write_pth(temporary, {"model": tensors, **extra}, written)
+            write_pth(temporary, {"model": tensors, **extra}, progress.update)
 
 
 def _kind(path: Path) -> str:
@@ -129,7 +146,7 @@ def _gather(files: TensorFiles, source: str, base: Optional[str], vit: Optional[
         found = found._replace(tensors=_filled_up(found.tensors, _image_encoder(files, vit)))
     if opt:
         folder = WeightFile("--opt", str(opt), "--opt", is_hf_folder=True).fetch()
-        opt_config = folders.read_opt_config(folder)
+        opt_config = hf_folders.read_opt_config(folder)
         tensors = _filled_up(found.tensors, _language_model(files, folder))
         found = found._replace(tensors=tensors, opt_config=opt_config, side_folders=(folder, *found.side_folders))
     if base:
@@ -145,18 +162,8 @@ def _gather(files: TensorFiles, source: str, base: Optional[str], vit: Optional[
 
 def _open(files: TensorFiles, option: str, source: str) -> Checkpoint:
     path = WeightFile(option, str(source), option).fetch()
-    if path.is_dir():
-        config = folders.read_config(path)
-        tensors = names.to_lavis(files.add_folder(path), path, folders.positions(config))
-        return Checkpoint(tensors, config, side_folders=(path,))
-    tensors = files.add(path)
-    if names.are_hf(tensors):
-        tensors = names.to_lavis(tensors, path)
-    config = files.metadata[path].get("hf_config")
-    if config is not None:
-        config = json.loads(config)
-        folders.check_config(config, path)
-    return Checkpoint(tensors, config)
+    tensors, config = hf_folders.open_lavis(files, path)
+    return Checkpoint(tensors, config, side_folders=(path,) if path.is_dir() else ())
 
 
 def _image_encoder(files: TensorFiles, source: str) -> Dict[str, LazyTensor]:
@@ -167,7 +174,7 @@ def _image_encoder(files: TensorFiles, source: str) -> Dict[str, LazyTensor]:
     if "cls_token" not in tensors:
         raise CheckpointError(f"--vit: {source} holds no image encoder of LAVIS's (no visual_encoder.* or cls_token)")
     is_eva = tensors["cls_token"].shape[-1] == _EVA_CLIP_G_WIDTH
-    beyond = tuple(f"blocks.{i}." for i in names.layers(tensors, "blocks.") if is_eva and i >= _EVA_CLIP_G_BLOCKS)
+    beyond = tuple(f"blocks.{i}." for i in hf_names.layers(tensors, "blocks.") if is_eva and i >= _EVA_CLIP_G_BLOCKS)
     used = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
     return {f"visual_encoder.{n}": t for n, t in tensors.items() if n.startswith(used) and not n.startswith(beyond)}
 
@@ -179,8 +186,8 @@ def _language_model(files: TensorFiles, folder: Path) -> Dict[str, LazyTensor]:
         name = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
         if name != "model.decoder.version":
             tensors[f"opt_model.{name}"] = tensor
-    if names.EMBEDDING in tensors:
-        tensors.setdefault(names.LM_HEAD, tensors[names.EMBEDDING])
+    if hf_names.EMBEDDING in tensors:
+        tensors.setdefault(hf_names.LM_HEAD, tensors[hf_names.EMBEDDING])
     return tensors
 
 
@@ -192,7 +199,7 @@ def _filled_up(tensors: Dict[str, LazyTensor], others: Dict[str, LazyTensor]) ->
 
 def _whole_stock_model(tensors: Dict[str, LazyTensor], source: str) -> Dict[str, LazyTensor]:
     """These tensors, checked to be a whole stock BLIP-2, with the output embedding tied where it is the input's."""
-    prefix = sorted(name for name in tensors if name.startswith(names.PREFIX))
+    prefix = sorted(name for name in tensors if name.startswith(hf_names.PREFIX))
     if prefix:
         raise CheckpointError(
             f"{source} has a KV prefix, and Hugging Face's BLIP-2 has no place for one; with --drop-prefix the rest "
@@ -202,12 +209,12 @@ def _whole_stock_model(tensors: Dict[str, LazyTensor], source: str) -> Dict[str,
     lacking = [f"  - {part}: give {remedy}" for part, remedy in _REMEDIES.items() if part not in parts]
     if lacking:
         raise CheckpointError(f"{source} lacks parts that a Hugging Face folder holds:\n" + "\n".join(lacking))
-    missing = names.missing(tensors)
+    missing = hf_names.missing(tensors)
     if missing:
         raise CheckpointError(f"{source} is not whole:\n{listing('missing', missing)}")
-    head, embedding = tensors.get(names.LM_HEAD), tensors[names.EMBEDDING]
+    head, embedding = tensors.get(hf_names.LM_HEAD), tensors[hf_names.EMBEDDING]
     if head is not None and head.data != embedding.data and _digest(head) == _digest(embedding):
-        tensors = {**tensors, names.LM_HEAD: embedding}
+        tensors = {**tensors, hf_names.LM_HEAD: embedding}
     return tensors
 
 
@@ -218,7 +225,8 @@ def _digest(tensor: LazyTensor) -> bytes:
 
 def _progress(tensors: Dict[str, LazyTensor], path: Path) -> tqdm:
     """A bar over the bytes to be written."""
-    total = sum({tensor.data or name: tensor.nbytes for name, tensor in tensors.items()}.values())
+    sizes: Dict[Hashable, int] = {tensor.data or name: tensor.nbytes for name, tensor in tensors.items()}
+    total = sum(sizes.values())
     return tqdm(total=total, desc=path.name, unit="B", unit_scale=True, unit_divisor=1024)
 
 

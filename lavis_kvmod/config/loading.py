@@ -4,7 +4,7 @@ heavy is loaded."""
 import argparse
 import difflib
 import logging
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Sequence
 
 import lavis.common.optims  # noqa: F401  (registers the learning-rate schedules)
 import torch
@@ -22,7 +22,6 @@ from lavis_kvmod.system.precision import amp_problems, cuda_capability
 from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.system.sharding import sharding_problems
 from lavis_kvmod.tasks.settings import RUN_KEYS, task_problems
-from lavis_kvmod.weights.files import quick_problem
 from lavis_kvmod.weights.finding import WeightFile
 
 ARCH = "blip2_opt_kvmod"
@@ -214,7 +213,7 @@ def _run_problems(run: DictConfig, starts: bool) -> List[str]:
     problems += runner_problems(OmegaConf.to_container(run, resolve=True)) + sharding_problems(run, starts)
     resume = run.get("resume_ckpt_path")
     if resume and resume != "auto":
-        problem = _weights_problem(WeightFile("checkpoint to resume from", str(resume), "run.resume_ckpt_path"))
+        problem = WeightFile("checkpoint to resume from", str(resume), "run.resume_ckpt_path").problem()
         problems += [problem] if problem else []
     for key in run:
         if key not in RUN_DEFAULTS and key not in OPTIONAL_RUN_KEYS:
@@ -232,15 +231,7 @@ def _model_problems(model: DictConfig) -> List[str]:
         return [f"model.{problem}" for problem in error.problems]
     except ImportError as error:
         return [f"model.aux_encoder: {error}"]
-    return [problem for file in files for problem in [_weights_problem(file)] if problem]
-
-
-def _weights_problem(file: WeightFile) -> Optional[str]:
-    problem, path = file.problem(), file.local_path()
-    if problem is None and path is not None and path.is_file():
-        problem = quick_problem(path)
-        return problem and f"{file.key}: {problem}"
-    return problem
+    return [problem for file in files for problem in [file.problem()] if problem]
 
 
 def _add_image_processors(cfg: KVModConfig) -> None:

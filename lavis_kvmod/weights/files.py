@@ -4,6 +4,7 @@ Loading never runs code from a file (``weights_only`` and safetensors), and savi
 where a good one was.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -12,11 +13,14 @@ import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Union
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lavis_kvmod.weights.kinds import other_kind
 
 StateDict = Dict[str, Tensor]
 PathLike = Union[str, Path]
@@ -44,6 +48,9 @@ def read(path: PathLike, mmap: bool = False) -> Any:
         raise CheckpointError(f"{path} is a folder; expected a .pth or .safetensors file")
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
+    other = other_kind(path)
+    if other is not None:
+        raise CheckpointError(_of_another_kind(path, other))
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -53,11 +60,12 @@ def read(path: PathLike, mmap: bool = False) -> Any:
         except SafetensorError as error:
             raise CheckpointError(f"{path} is not a readable safetensors file ({error})") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and can_be_mapped(path))
+        with _plain_values_allowed():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and can_be_mapped(path))
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
-        if code is None:
-            raise CheckpointError(_unreadable(path, error)) from error
+        if code is None:  # PyTorch's own words advise to run what the file says
+            raise CheckpointError(_unreadable(path)) from error
         raise CheckpointError(
             f"{path} carries code besides tensors ({code[1]}), so it was not opened; save it again with tensors and "
             "plain Python values only"
@@ -66,6 +74,39 @@ def read(path: PathLike, mmap: bool = False) -> Any:
         raise
     except Exception as error:  # what a damaged pickle raises is anything
         raise CheckpointError(_unreadable(path, error)) from error
+
+
+def _numpy_scalar(module: str) -> Callable[..., Any]:
+    """What NumPy makes one number of, under the name that files have for it: ``module`` differs with its version."""
+    make: Any = np.float64(0).__reduce__()[0]
+
+    def scalar(*args: Any) -> Any:
+        return make(*args)
+
+    scalar.__module__, scalar.__qualname__ = module, "scalar"
+    return scalar
+
+
+# What training scripts (timm's is one) save beside the tensors: their arguments, and numbers of NumPy. Making these
+# runs no code of the file's.
+_PLAIN_VALUES: List[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
+    *(_numpy_scalar(f"numpy.{core}.multiarray") for core in ("core", "_core")),
+]
+
+
+@contextmanager
+def _plain_values_allowed() -> Iterator[None]:
+    """``torch.serialization.safe_globals``, which PyTorch 2.4 does not have yet."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(_PLAIN_VALUES)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def can_be_mapped(path: PathLike) -> bool:
@@ -77,6 +118,9 @@ def quick_problem(path: PathLike) -> Optional[str]:
     """What would keep `read` from reading ``path``, found without reading its tensors; None if nothing is seen."""
     path = Path(path)
     try:
+        other = other_kind(path)
+        if other is not None:
+            return _of_another_kind(path, other)
         if path.suffix == ".safetensors":
             from safetensors import SafetensorError, safe_open
 
@@ -97,11 +141,15 @@ def quick_problem(path: PathLike) -> Optional[str]:
         return _unreadable(path, error)
 
 
-def _unreadable(path: Path, error: Exception) -> str:
-    size = path.stat().st_size
+def _of_another_kind(path: Path, kind: str) -> str:
+    return f"{path} ({path.stat().st_size:,} bytes) is not a readable checkpoint: it is {kind}"
+
+
+def _unreadable(path: Path, error: Optional[Exception] = None) -> str:
+    reason = "" if error is None else f" ({_first_line(error)})"
     return (
-        f"{path} ({size:,} bytes) is not a readable checkpoint: truncated, or of another kind "
-        f"({_first_line(error)}); expected .pth or .safetensors"
+        f"{path} ({path.stat().st_size:,} bytes) is not a readable checkpoint: truncated, or of another kind{reason}; "
+        "expected .pth or .safetensors"
     )
 
 
@@ -120,23 +168,35 @@ def metadata(contents: Dict[str, Any], path: PathLike) -> Dict[str, Any]:
     return {key: value for key, value in contents.items() if isinstance(value, plain)}
 
 
+# Around the tensors of a checkpoint: LAVIS's, timm's and MoCo's, and what many training scripts write.
+_WRAPPERS = ("model", "state_dict", "model_state_dict")
+
+
 def model_tensors(contents: Any, path: PathLike) -> StateDict:
-    """The tensors among what `read` gave, under ``model`` if there is such an entry; ``path`` is for messages.
+    """The tensors among what `read` gave, without what training scripts wrap them in: an entry ``model``,
+    ``state_dict`` or ``model_state_dict`` around all, ``module.`` (`DataParallel`) in front of all names, and
+    ``_orig_mod.`` (`torch.compile`) within any.
+
+    Args:
+        path: for messages.
 
     Raises:
         CheckpointError: if there are none.
     """
-    if isinstance(contents, dict) and isinstance(contents.get("model"), dict):
-        contents = contents["model"]
-    return tensors_only(contents, path)
-
-
-def tensors_only(state: Any, path: PathLike) -> StateDict:
-    if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
+    while isinstance(contents, dict):
+        inner = next((contents[key] for key in _WRAPPERS if isinstance(contents.get(key), dict)), None)
+        if inner is None:
+            break
+        contents = inner
+    if not isinstance(contents, dict) or not any(isinstance(value, Tensor) for value in contents.values()):
         raise CheckpointError(
-            f"{path}: expected a state dict (name -> tensor), bare or under 'model', got {type(state).__name__}"
+            f"{path}: expected a state dict (name -> tensor), bare or under one of {', '.join(_WRAPPERS)}, "
+            f"got {type(contents).__name__}"
         )
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    state = {name.replace("_orig_mod.", ""): v for name, v in contents.items() if isinstance(v, Tensor)}
+    while all(name.startswith("module.") for name in state):
+        state = {name[len("module.") :]: value for name, value in state.items()}
+    return state
 
 
 def weight_files(folder: Path) -> List[Path]:
@@ -187,6 +247,15 @@ def trained_state_dict(module: nn.Module) -> StateDict:
     return {name: value for name, value in module.state_dict().items() if name in trained}
 
 
+def sha256(path: PathLike) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def check_sha256(path: PathLike, expected: str) -> None:
     """Compare a file with its SHA-256.
 
@@ -195,13 +264,10 @@ def check_sha256(path: PathLike, expected: str) -> None:
     """
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: sha256 is that of one file, but this is a folder; leave out #sha256=…")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(2**20), b""):
-            digest.update(block)
-    if digest.hexdigest() != expected.lower():
+    got = sha256(path)
+    if got != expected.lower():
         raise CheckpointError(
-            f"{path} is not the file that was meant: expected sha256 {expected.lower()}, got {digest.hexdigest()}; "
+            f"{path} is not the file that was meant: expected sha256 {expected.lower()}, got {got}; "
             "delete it and fetch it again, or correct the sum"
         )
 

@@ -1,23 +1,17 @@
 """Where weight files come from: a local path, a file already in the download cache, or a download.
 
-Nothing here opens a file (see `lavis_kvmod.weights.reading`), and nothing needs LAVIS, which takes seconds to import.
+Files are looked at here, and read in `lavis_kvmod.weights.reading`. Nothing needs LAVIS, which takes seconds to import.
 """
 
-import os
 import re
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Iterable, List, Optional
-from urllib.error import HTTPError
-from urllib.parse import urlparse
-from urllib.request import Request, urlopen
 
-from filelock import FileLock
+from lavis_kvmod.weights import downloads
+from lavis_kvmod.weights.files import CheckpointError, check_sha256, quick_problem
+from lavis_kvmod.weights.hf_folders import folder_problem
 
-from lavis_kvmod.weights.files import check_sha256
-
-REACH_TIMEOUT_S = 5
 _HF_WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -50,7 +44,7 @@ class WeightFile:
     build: Optional[Callable[[], Path]] = None
     sha256: Optional[str] = field(init=False, default=None)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         source, found, digest = (self.source or "").partition("#sha256=")
         if found:
             object.__setattr__(self, "source", source)
@@ -65,13 +59,15 @@ class WeightFile:
             return path
         if self.is_hf_folder:
             return _hf_cached(self.source)
-        if _is_url(self.source):
-            cached = _url_cache_path(self.source)
-            return cached if cached.is_file() else None
-        return None
+        return downloads.cached(self.source) if downloads.is_url(self.source) else None
 
     def problem(self) -> Optional[str]:
-        """Why this cannot be had, or None. Asks the network only for what is not on disk."""
+        """Why this cannot be had, or not be read as far as a look at it tells; None if nothing is seen. Asks the
+        network only for what is not on disk."""
+        return self.absence() or self._fault()
+
+    def absence(self) -> Optional[str]:
+        """Why this cannot be had, or None; what is on disk is not looked at."""
         if self.sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", self.sha256):
             return f"{self.part}: expected 64 hexadecimal digits behind {self.source}#sha256=, got {self.sha256!r}"
         if self.build is not None or self.local_path() is not None:
@@ -79,27 +75,35 @@ class WeightFile:
         remedy = f"set {self.key} to a local {'folder' if self.is_hf_folder else 'file'}"
         if not self.source:
             return f"{self.part}: no weights known for it; {remedy}"
-        if self._is_remote():
-            url = f"https://huggingface.co/{self.source}" if self.is_hf_folder else self.source
-            if _reachable(url):
+        url = self._url()
+        if url is not None:
+            if downloads.reachable(url):
                 return None
             return f"{self.part}: {url} is not in the download cache and cannot be reached; {remedy}"
         of_blip2 = self.key.endswith(("pretrained", "finetuned", "checkpoint argument"))
-        if of_blip2 and self._names_repository() and not self.is_hf_folder:
+        if of_blip2 and _names_repository(self.source) and not self.is_hf_folder:
             remedy += (
                 "; a Hugging Face repository is not downloaded for it, but the local folder of a BLIP-2's is taken"
             )
         return f"{self.part}: no such {'folder' if self.is_hf_folder else 'file'} {self.source}; {remedy}"
 
-    def _is_remote(self) -> bool:
-        if self.is_hf_folder:
-            return self._names_repository()
-        return _is_url(self.source)
+    def _fault(self) -> Optional[str]:
+        path = None if self.build is not None else self.local_path()
+        if path is None:
+            return None
+        if path.is_dir():
+            problem = folder_problem(path, language_model=self.is_hf_folder)
+        elif self.is_hf_folder:
+            problem = f"expected the folder of an OPT model, got the file {path}"
+        else:
+            problem = quick_problem(path)
+        return problem and f"{self.key}: {problem}"
 
-    def _names_repository(self) -> bool:
-        """Whether it reads "owner/name"; anything that looks more like a path is meant as one."""
-        looks_like_a_path = self.source.startswith((".", "/", "~")) or self.source.endswith((".pth", ".safetensors"))
-        return self.source.count("/") == 1 and not looks_like_a_path
+    def _url(self) -> Optional[str]:
+        """Where it would be downloaded from, if anywhere."""
+        if self.source and self.is_hf_folder:
+            return f"https://huggingface.co/{self.source}" if _names_repository(self.source) else None
+        return self.source if self.source and downloads.is_url(self.source) else None
 
     def fetch(self) -> Path:
         """The local path, after building or downloading if need be. Of several processes of a machine the first
@@ -109,7 +113,9 @@ class WeightFile:
             MissingWeightsError: if it can be had neither way.
             CheckpointError: if its SHA-256 is another than the one given.
         """
-        require([self])
+        absence = self.absence()
+        if absence is not None:
+            raise MissingWeightsError(_listed("missing weights", [absence]))
         path = self._fetch()
         if self.sha256 is not None:
             check_sha256(path, self.sha256)
@@ -119,31 +125,40 @@ class WeightFile:
         if self.build is not None:
             return self.build()
         path = self.local_path()
-        if path is not None:
+        if path is not None and not downloads.is_url(str(self.source)):
             return path
         try:
-            return _download_hf(self.source) if self.is_hf_folder else _download_url(self.source)
+            return _download_hf(str(self.source)) if self.is_hf_folder else downloads.fetch(str(self.source))
         except OSError as error:
             raise MissingWeightsError(
                 f"{self.part}: downloading {self.source} failed ({error}); set {self.key} to a local file"
             ) from error
 
 
-def require(files: Iterable[WeightFile]) -> None:
-    """Raise one `MissingWeightsError` that lists all weights which cannot be had."""
-    problems: List[str] = [problem for file in files for problem in [file.problem()] if problem]
+def require(weights: Iterable[WeightFile]) -> None:
+    """See that all of these can be had, and read as far as a look at them tells.
+
+    Raises:
+        MissingWeightsError: listing all that is wrong, if some cannot be had.
+        CheckpointError: listing all that is wrong, if some cannot be read.
+    """
+    weights = list(weights)
+    absences = [absence for file in weights for absence in [file.absence()] if absence]
+    problems = [problem for file in weights for problem in [file.problem()] if problem]
+    if absences:
+        raise MissingWeightsError(_listed("missing weights", problems))
     if problems:
-        raise MissingWeightsError("missing weights:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        raise CheckpointError(_listed("weights that cannot be read", problems))
 
 
-def _is_url(source: str) -> bool:
-    return urlparse(source).scheme in ("http", "https")
+def _listed(what: str, problems: List[str]) -> str:
+    return f"{what}:\n" + "\n".join(f"  - {problem}" for problem in problems)
 
 
-def _url_cache_path(url: str) -> Path:
-    from timm.models.hub import get_cache_dir
-
-    return Path(get_cache_dir()) / os.path.basename(urlparse(url).path)
+def _names_repository(source: str) -> bool:
+    """Whether it reads "owner/name"; anything that looks more like a path is meant as one."""
+    looks_like_a_path = source.startswith((".", "/", "~")) or source.endswith((".pth", ".safetensors"))
+    return source.count("/") == 1 and not looks_like_a_path
 
 
 def _hf_cached(repo: str) -> Optional[Path]:
@@ -161,31 +176,8 @@ def _hf_cached(repo: str) -> Optional[Path]:
     return None
 
 
-def _download_url(url: str) -> Path:
-    """Into the cache that timm and LAVIS use. A lock and no barrier between ranks, as in LAVIS: a rank that comes when
-    the file is there would pass by the barrier that another waits in, and each machine has a cache of its own."""
-    from timm.models.hub import download_cached_file
-
-    path = _url_cache_path(url)
-    with FileLock(f"{path}.lock"):
-        return Path(download_cached_file(url, check_hash=False, progress=not path.is_file()))
-
-
 def _download_hf(repo: str) -> Path:
     """What PyTorch needs of a repository; Hugging Face's client locks each file itself."""
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(repo, allow_patterns=["*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"]))
-
-
-@lru_cache(maxsize=None)
-def _reachable(url: str) -> bool:
-    if os.environ.get("HF_HUB_OFFLINE") == "1" or os.environ.get("TRANSFORMERS_OFFLINE") == "1":
-        return False
-    try:
-        urlopen(Request(url, method="HEAD"), timeout=REACH_TIMEOUT_S).close()
-        return True
-    except HTTPError as error:
-        return error.code not in (404, 410)
-    except OSError:
-        return False

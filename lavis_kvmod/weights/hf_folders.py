@@ -4,13 +4,13 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Iterable, Mapping, Optional
+from typing import Any, Dict, Iterable, Mapping, Optional, Tuple, Union
 
 import torch
 
-from lavis_kvmod.weights import hf_names as names
-from lavis_kvmod.weights.files import CheckpointError, StateDict
-from lavis_kvmod.weights.tensors import TensorFiles, Written, write_shards
+from lavis_kvmod.weights import hf_names
+from lavis_kvmod.weights.files import CheckpointError, quick_problem, weight_files
+from lavis_kvmod.weights.tensors import LazyTensor, TensorFiles, Written, write_shards
 
 Config = Dict[str, Any]
 
@@ -20,6 +20,9 @@ VISION_EPS, QFORMER_EPS = 1e-6, 1e-12
 VIT_HEAD_WIDTH, QFORMER_HEAD_WIDTH = 88, 64
 # Tokens of OPT's tokenizer; its embeddings have some rows more, of which Hugging Face gives the first to the image.
 OPT_TOKENS = 50265
+
+# What OPT's tokenizer is made of.
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 # Copied along where they are: what a folder has beside weights and config.
 SIDE_FILES = (
@@ -47,7 +50,7 @@ def read_config(folder: Path) -> Config:
     return config
 
 
-def check_config(config: Config, source) -> None:
+def check_config(config: Config, source: Union[str, Path]) -> None:
     """Raise `CheckpointError` if this is no BLIP-2 OPT; warn where LAVIS computes a little differently."""
     vision, qformer, text = (config.get(f"{part}_config") or {} for part in ("vision", "qformer", "text"))
     kinds = (config.get("model_type"), text.get("model_type", "opt"))
@@ -92,15 +95,54 @@ def positions(config: Config) -> int:
     return (config.get("qformer_config") or {}).get("max_position_embeddings", 512)
 
 
-def read_weights(folder: Path) -> StateDict:
-    """All tensors of a BLIP-2 OPT folder under LAVIS's names, mapped; raises as `TensorFiles.add_folder`."""
-    config = read_config(folder)
-    lazy = names.to_lavis(TensorFiles(forget=False).add_folder(folder), folder, positions(config))
-    return {name: tensor.read() for name, tensor in lazy.items()}
+def open_lavis(files: TensorFiles, path: Path) -> Tuple[Dict[str, LazyTensor], Optional[Config]]:
+    """The tensors of a file, or of a BLIP-2 OPT folder, under LAVIS's names, and Hugging Face's config if it has one.
+
+    Raises:
+        FileNotFoundError, CheckpointError: see `TensorFiles.add`, `TensorFiles.add_folder` and `check_config`; also for
+            tensors that LAVIS's BLIP-2 OPT does not have under Hugging Face's names.
+    """
+    if path.is_dir():
+        config = read_config(path)
+        return hf_names.to_lavis(files.add_folder(path), path, positions(config)), config
+    tensors = files.add(path)
+    if hf_names.are_hf(tensors):
+        tensors = hf_names.to_lavis(tensors, path)
+    text = files.metadata[path].get("hf_config")
+    if text is None:
+        return tensors, None
+    config = json.loads(text)
+    check_config(config, path)
+    return tensors, config
+
+
+def folder_problem(folder: Path, language_model: bool) -> Optional[str]:
+    """What would keep a folder from being loaded, as far as it can be seen without reading its tensors; or None.
+
+    Args:
+        language_model: the folder is to be an OPT's, with its tokenizer, rather than a BLIP-2 OPT's.
+    """
+    try:
+        if language_model:
+            read_opt_config(folder)
+        else:
+            read_config(folder)
+        problems = [problem for file in weight_files(folder) for problem in [_file_problem(file)] if problem]
+    except (CheckpointError, FileNotFoundError) as error:
+        return str(error)
+    if problems:
+        return "; ".join(problems)
+    if language_model and not all((folder / name).is_file() for name in TOKENIZER_FILES):
+        return f"{folder} has no tokenizer: expected {' and '.join(TOKENIZER_FILES)} in it"
+    return None
+
+
+def _file_problem(file: Path) -> Optional[str]:
+    return quick_problem(file) if file.is_file() else f"no such checkpoint: {file}"
 
 
 def new_config(
-    tensors: names.Tensors, opt_config: Mapping[str, Any], vit_heads: Optional[int], qformer_heads: Optional[int]
+    tensors: hf_names.Tensors, opt_config: Mapping[str, Any], vit_heads: Optional[int], qformer_heads: Optional[int]
 ) -> Config:
     """The config of a model whose (LAVIS's) tensors are all there.
 
@@ -117,8 +159,8 @@ def new_config(
     patches = tensors["visual_encoder.pos_embed"].shape[1] - 1
     hidden = tensors["query_tokens"].shape[-1]
     layer = "Qformer.bert.encoder.layer."
-    cross = [n for n in names.layers(tensors, layer) if f"{layer}{n}.crossattention.self.key.weight" in tensors]
-    layers = len(names.layers(tensors, layer))
+    cross = [n for n in hf_names.layers(tensors, layer) if f"{layer}{n}.crossattention.self.key.weight" in tensors]
+    layers = len(hf_names.layers(tensors, layer))
     every = cross[1] if len(cross) > 1 else layers
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -131,12 +173,12 @@ def new_config(
         "architectures": ["Blip2ForConditionalGeneration"],
         "torch_dtype": str(dtype).replace("torch.", ""),
         "num_query_tokens": tensors["query_tokens"].shape[1],
-        "image_token_index": OPT_TOKENS if tensors[names.EMBEDDING].shape[0] > OPT_TOKENS else None,
+        "image_token_index": OPT_TOKENS if tensors[hf_names.EMBEDDING].shape[0] > OPT_TOKENS else None,
         "vision_config": {
             "model_type": "blip_2_vision_model",
             "hidden_size": width,
             "intermediate_size": tensors["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],
-            "num_hidden_layers": len(names.layers(tensors, "visual_encoder.blocks.")),
+            "num_hidden_layers": len(hf_names.layers(tensors, "visual_encoder.blocks.")),
             "num_attention_heads": _heads("--vit-heads", "image encoder", width, VIT_HEAD_WIDTH, vit_heads),
             "image_size": round(patches**0.5) * patch,
             "patch_size": patch,
@@ -154,7 +196,7 @@ def new_config(
             "encoder_hidden_size": width,
             "cross_attention_frequency": every,
             "max_position_embeddings": (
-                tensors[names.POSITION_IDS].shape[1] if names.POSITION_IDS in tensors else positions({})
+                tensors[hf_names.POSITION_IDS].shape[1] if hf_names.POSITION_IDS in tensors else positions({})
             ),
             "hidden_act": "gelu",
             "layer_norm_eps": QFORMER_EPS,
@@ -180,7 +222,7 @@ def _heads(option: str, part: str, width: int, head_width: int, given: Optional[
 
 def write(
     folder: Path,
-    tensors: names.Tensors,
+    tensors: hf_names.Tensors,
     config: Config,
     *,
     side_files_of: Iterable[Path],
@@ -190,7 +232,7 @@ def write(
     """Write a folder as ``save_pretrained`` lays it out.
 
     Args:
-        tensors: under Hugging Face's names.
+        tensors: under Hugging Face's hf_names.
         config: see `new_config`; what the tensors themselves say goes before it.
         side_files_of: folders whose tokenizer and processor files are copied along, the later ones' before the
             earlier ones'.
@@ -215,15 +257,15 @@ def write(
     write_shards(folder, tensors, shard_bytes, written)
 
 
-def _check_sizes(tensors: names.Tensors, config: Config) -> None:
+def _check_sizes(tensors: hf_names.Tensors, config: Config) -> None:
     """Layers that a config promises and a folder lacks would be made up by transformers."""
     found = {
         ("vision_config", "hidden_size"): tensors["vision_model.embeddings.class_embedding"].shape[-1],
-        ("vision_config", "num_hidden_layers"): len(names.layers(tensors, "vision_model.encoder.layers.")),
+        ("vision_config", "num_hidden_layers"): len(hf_names.layers(tensors, "vision_model.encoder.layers.")),
         ("qformer_config", "hidden_size"): tensors["query_tokens"].shape[-1],
-        ("qformer_config", "num_hidden_layers"): len(names.layers(tensors, "qformer.encoder.layer.")),
+        ("qformer_config", "num_hidden_layers"): len(hf_names.layers(tensors, "qformer.encoder.layer.")),
         ("text_config", "hidden_size"): tensors["language_projection.bias"].shape[0],
-        ("text_config", "num_hidden_layers"): len(names.layers(tensors, "language_model.model.decoder.layers.")),
+        ("text_config", "num_hidden_layers"): len(hf_names.layers(tensors, "language_model.model.decoder.layers.")),
     }
     problems = [
         f"  - {section}.{key} is {config[section][key]}, but the weights have {size}"

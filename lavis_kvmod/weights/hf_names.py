@@ -6,7 +6,8 @@ softmax, so that it may be left out without changing the result.
 """
 
 import re
-from typing import Dict, Iterable, List, Mapping, Optional, Tuple
+from pathlib import Path
+from typing import Dict, Iterable, List, Mapping, Optional, Pattern, Sequence, Tuple, Union
 
 import torch
 
@@ -61,10 +62,12 @@ OPT_ROWS = 50272
 # What this package adds, and Hugging Face's BLIP-2 has no place for.
 PREFIX = ("kv_prefix.", "kv_gate", "aux_encoder.")
 
+Rules = Sequence[Tuple[Pattern[str], str]]
+
 _HF_ROOTS = ("vision_model.", "qformer.", "language_projection.", "language_model.")
 
 
-def _compiled(pattern: str) -> "re.Pattern":
+def _compiled(pattern: str) -> Pattern[str]:
     return re.compile(re.escape(pattern).replace(r"\#", r"(\d+)").replace("#", r"(\d+)").replace(r"\*", "(.+)"))
 
 
@@ -79,7 +82,7 @@ _TO_LAVIS = [(_compiled(hf), lavis) for lavis, hf in TABLE]
 _Q_BIAS, _V_BIAS, _HF_QKV = _compiled(Q_BIAS), _compiled(V_BIAS), _compiled(HF_QKV_BIAS)
 
 
-def _rename(name: str, rules) -> Optional[str]:
+def _rename(name: str, rules: Rules) -> Optional[str]:
     for pattern, target in rules:
         match = pattern.fullmatch(name)
         if match:
@@ -92,7 +95,7 @@ def are_hf(names: Iterable[str]) -> bool:
     return any(name.startswith(_HF_ROOTS) for name in names)
 
 
-def to_hf(tensors: Tensors, source) -> Dict[str, LazyTensor]:
+def to_hf(tensors: Tensors, source: Union[str, Path]) -> Dict[str, LazyTensor]:
     """Tensors under LAVIS's names -> the same under Hugging Face's; an output embedding that is tied is left out.
 
     Raises:
@@ -124,14 +127,14 @@ def _is_tied(name: str, tensors: Tensors) -> bool:
 
 
 def _qkv_bias(q_bias: LazyTensor, v_bias: LazyTensor) -> LazyTensor:
-    def read():
+    def read() -> torch.Tensor:
         query, value = q_bias.read(), v_bias.read()
         return torch.cat([query, torch.zeros_like(query), value])
 
     return LazyTensor(q_bias.dtype, (3 * q_bias.shape[0],), read)
 
 
-def to_lavis(tensors: Tensors, source, positions: int = 512) -> Dict[str, LazyTensor]:
+def to_lavis(tensors: Tensors, source: Union[str, Path], positions: int = 512) -> Dict[str, LazyTensor]:
     """Tensors under Hugging Face's names -> the same under LAVIS's, with the buffer and the tied name that it keeps.
 
     Raises:

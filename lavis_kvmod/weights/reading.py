@@ -6,18 +6,9 @@ from typing import Iterable, NamedTuple
 import torch
 from torch import nn
 
-from lavis_kvmod.weights import hf_folders, hf_names
-from lavis_kvmod.weights.files import (
-    CheckpointError,
-    PathLike,
-    StateDict,
-    listing,
-    model_tensors,
-    read,
-    tensors_only,
-    weight_files,
-)
-from lavis_kvmod.weights.tensors import LazyTensor
+from lavis_kvmod.weights.files import CheckpointError, PathLike, StateDict, listing, model_tensors, read
+from lavis_kvmod.weights.hf_folders import open_lavis
+from lavis_kvmod.weights.tensors import TensorFiles, read_all
 
 
 class LoadReport(NamedTuple):
@@ -28,37 +19,21 @@ class LoadReport(NamedTuple):
 
 
 def read_weights(path: PathLike) -> StateDict:
-    """The model's tensors of a checkpoint, under LAVIS's names: a state dict, the one under ``model``, as LAVIS writes
-    it, or either under Hugging Face's names; or a Hugging Face folder of a BLIP-2 OPT.
-
-    Raises:
-        FileNotFoundError, CheckpointError: see `read`; also if there are no tensors in it, or tensors that LAVIS's
-            BLIP-2 OPT does not have under Hugging Face's names.
-    """
-    if Path(path).is_dir():
-        return hf_folders.read_weights(Path(path))
-    state = model_tensors(read(path), path)
-    if hf_names.are_hf(state):
-        lazy = hf_names.to_lavis({name: LazyTensor.of(tensor) for name, tensor in state.items()}, path)
-        state = {name: tensor.read() for name, tensor in lazy.items()}
-    return state
+    """The model's tensors of a checkpoint, under LAVIS's names: a state dict, bare or wrapped (see `model_tensors`),
+    under LAVIS's names or Hugging Face's; or a Hugging Face folder of a BLIP-2 OPT. Raises as `open_lavis`."""
+    tensors, _ = open_lavis(TensorFiles(), Path(path))
+    return read_all(tensors)
 
 
 def read_folder(folder: PathLike, dtype: torch.dtype) -> StateDict:
     """All tensors of a Hugging Face folder, in ``dtype``: safetensors or ``pytorch_model*.bin``, in shards or whole.
 
-    Each file is converted and let go before the next is read.
+    Each tensor is converted and let go before the next is read.
 
     Raises:
-        FileNotFoundError: if there are no weights, or a shard that the index names is missing.
-        CheckpointError: see `read`.
+        FileNotFoundError, CheckpointError: see `TensorFiles.add_folder`.
     """
-    state: StateDict = {}
-    for file in weight_files(Path(folder)):
-        part = tensors_only(read(file), file)
-        for name in list(part):
-            state[name] = part.pop(name).to(dtype)
-    return state
+    return read_all(TensorFiles().add_folder(Path(folder)), dtype)
 
 
 def load_weights(
@@ -106,22 +81,15 @@ def load_weights(
 
 
 def load_auxiliary_weights(module: nn.Module, path: PathLike) -> None:
-    """Load a classifier's weights into its backbone: wrappers are taken off, the classifier head is left out.
+    """Load a classifier's weights into its backbone: wrappers are taken off (`model_tensors`), the head is left out.
 
-    Wrappers are a ``state_dict`` or ``model`` entry around the tensors and ``module.`` in front of the names. Of
-    MoCo's two networks the trained one (``encoder_q.``) is taken, and its queue left out. The head is ``_fc``
+    Of MoCo's two networks the trained one (``encoder_q.``) is taken, and its queue left out. The head is ``_fc``
     (efficientnet_pytorch), ``classifier`` or ``fc`` (timm, MoCo).
 
     Raises:
-        FileNotFoundError, CheckpointError: as `read_weights`; all but the head must fit exactly.
+        FileNotFoundError, CheckpointError: as `read`; all but the head must fit exactly.
     """
-    state = read(path)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    state = tensors_only(state, path)
-    if all(name.startswith("module.") for name in state):
-        state = {name[len("module.") :]: value for name, value in state.items()}
+    state = model_tensors(read(path), path)
     if any(name.startswith("encoder_q.") for name in state):
         state = {name[len("encoder_q.") :]: value for name, value in state.items() if name.startswith("encoder_q.")}
     own = module.state_dict()

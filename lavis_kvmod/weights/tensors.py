@@ -10,8 +10,9 @@ import json
 import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Hashable, Iterable, List, Mapping, Optional, Tuple
+from typing import IO, Any, Callable, Dict, Hashable, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -67,15 +68,10 @@ class LazyTensor:
 
 
 class TensorFiles:
-    """Weight files, open as long as needed; ``metadata`` is what each holds beside its tensors.
+    """Weight files, open as long as needed, with no more mapped at once than about the largest tensor; ``metadata`` is
+    what each holds beside its tensors."""
 
-    Args:
-        forget: keep no more mapped than the largest tensor. False leaves everything mapped, for tensors that are
-            to stay.
-    """
-
-    def __init__(self, forget: bool = True):
-        self._forget = forget
+    def __init__(self) -> None:
         self.metadata: Dict[Path, Dict[str, Any]] = {}
         self._open: Dict[Path, files.StateDict] = {}
         self._mapped = 0
@@ -85,9 +81,10 @@ class TensorFiles:
         """The tensors of one file, under the names they have there.
 
         Raises:
-            FileNotFoundError, CheckpointError: see `lavis_kvmod.files.read`.
+            FileNotFoundError, CheckpointError: see `lavis_kvmod.weights.files.read`.
         """
-        tensors, names_at = {}, {}
+        tensors: Dict[str, LazyTensor] = {}
+        names_at: Dict[Hashable, str] = {}
         for name, tensor in self._state(path).items():
             if tensor.dtype not in _DTYPES:
                 known = ", ".join(str(dtype) for dtype in _DTYPES)
@@ -98,7 +95,7 @@ class TensorFiles:
             tensors[name] = LazyTensor(
                 tensor.dtype,
                 tuple(tensor.shape),
-                lambda name=name, size=tensor.nbytes: self._read(path, name, size),
+                partial(self._read, path, name, tensor.nbytes),
                 data=(path, first),
             )
             self._window = max(self._window, tensor.nbytes)
@@ -106,7 +103,7 @@ class TensorFiles:
 
     def add_folder(self, folder: Path) -> Dict[str, LazyTensor]:
         """The tensors of a Hugging Face folder; raises as `add`, also if a shard or a tensor of its is missing."""
-        tensors = {}
+        tensors: Dict[str, LazyTensor] = {}
         for file in files.weight_files(folder):
             tensors.update(self.add(file))
         lacking = sorted(set(files.weight_map(folder)) - set(tensors))
@@ -125,12 +122,24 @@ class TensorFiles:
         return self._open[path]
 
     def _read(self, path: Path, name: str, size: int) -> Tensor:
-        if self._forget and self._mapped + size > self._window:
+        if self._mapped + size > self._window:
             # Files of PyTorch before 1.6 cannot be mapped: they are in memory, and reading them again would not help.
             self._open = {file: state for file, state in self._open.items() if not files.can_be_mapped(file)}
             self._mapped = 0
         self._mapped += size
         return self._state(path)[name]
+
+
+def read_all(tensors: Mapping[str, LazyTensor], dtype: Optional[torch.dtype] = None) -> files.StateDict:
+    """All of them as tensors of their own, no views of a file, in ``dtype`` or as they are; what is tied stays one."""
+    read: Dict[Hashable, Tensor] = {}
+    state = {}
+    for name, tensor in tensors.items():
+        place = tensor.data or name
+        if place not in read:
+            read[place] = tensor.read().to(dtype or tensor.dtype, copy=True)
+        state[name] = read[place]
+    return state
 
 
 # ---------------------------------------------------------------- writing
@@ -141,7 +150,10 @@ Written = Callable[[int], Any]  # called with the number of bytes just written
 def write_safetensors(
     path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], written: Written
 ) -> None:
-    """Write one safetensors file tensor by tensor; the library itself wants all of them at once.
+    """Write one safetensors file tensor by tensor.
+
+    The library's own ``save_file`` wants all of them at once: of a mapped file of 192 MiB, whose largest tensor has 64,
+    it holds 192 (measured with safetensors 0.8; older ones copy each into bytes besides), this 64.
 
     The format: the header's length in 8 bytes, the header (JSON, padded to a multiple of 8), the tensors. Of names
     for the same numbers, the first is written.
@@ -165,10 +177,10 @@ def write_safetensors(
         file.write(len(packed).to_bytes(8, "little"))
         file.write(packed)
         for name in names:
-            tensor = tensors[name].read().contiguous()
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            written(tensor.nbytes)
-            del tensor
+            numbers = tensors[name].read().contiguous()
+            file.write(numbers.reshape(-1).view(torch.uint8).numpy().data)
+            written(numbers.nbytes)
+            del numbers
 
 
 class _Storage:
@@ -181,17 +193,17 @@ class _Storage:
 class _Table(pickle.Pickler):
     """Pickles LazyTensors as ``torch.save`` pickles tensors, without their numbers."""
 
-    def __init__(self, file):
+    def __init__(self, file: IO[bytes]):
         super().__init__(file, protocol=2)
         self.records: Dict[Hashable, _Storage] = {}
 
-    def persistent_id(self, obj):
+    def persistent_id(self, obj: Any) -> Optional[Tuple[Any, ...]]:
         if not isinstance(obj, _Storage):
             return None
         numel = torch.Size(obj.tensor.shape).numel()
         return ("storage", _DTYPES[obj.tensor.dtype][1], obj.key, "cpu", numel)
 
-    def reducer_override(self, obj):
+    def reducer_override(self, obj: Any) -> Any:
         if not isinstance(obj, LazyTensor):
             return NotImplemented
         storage = self.records.setdefault(obj.data or id(obj), _Storage(str(len(self.records)), obj))
@@ -202,8 +214,11 @@ class _Table(pickle.Pickler):
 def write_pth(path: Path, contents: Mapping[str, Any], written: Written) -> None:
     """Write what ``torch.save(contents)`` would, LazyTensors for tensors, one after the other.
 
-    ``torch.save`` wants all tensors at once. This uses the writer it writes with, and its layout: a table
-    (``data.pkl``) and one record for each tensor.
+    This uses the writer that ``torch.save`` writes with, and its layout: a table (``data.pkl``) and one record for each
+    tensor. The writer is not public, but nothing public keeps the memory at one tensor: ``torch.save`` wants all at
+    once (192 MiB of a mapped file of 192 MiB, whose largest tensor has 64; this 64), and
+    ``torch.serialization.skip_data`` with the numbers filled in afterwards is a prototype, came with PyTorch 2.6, and
+    leaves checksums that are wrong.
     """
     packed = io.BytesIO()
     table = _Table(packed)
@@ -244,7 +259,7 @@ def write_shards(folder: Path, tensors: Mapping[str, LazyTensor], shard_bytes: i
         write_safetensors(folder / file, {name: tensors[name] for name in shard}, {"format": "pt"}, written)
 
 
-def _shards(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> List[Iterable[str]]:
+def _shards(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> List[List[str]]:
     shards: List[List[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():

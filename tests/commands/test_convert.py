@@ -118,8 +118,8 @@ def test_the_folder_is_laid_out_as_hugging_face_does(files, hf_folder):
 
 
 def test_the_published_number_of_heads_is_found():
-    assert command.folders._heads("--vit-heads", "image encoder", 1408, 88, None) == 16
-    assert command.folders._heads("--qformer-heads", "Q-Former", 768, 64, None) == 12
+    assert command.hf_folders._heads("--vit-heads", "image encoder", 1408, 88, None) == 16
+    assert command.hf_folders._heads("--qformer-heads", "Q-Former", 768, 64, None) == 12
 
 
 def test_a_finetuned_file_takes_the_rest_from_its_base(build, files, hf_folder, tmp_path):
@@ -137,8 +137,8 @@ def test_the_documented_commands_work(build, files, hf_folder, tmp_path, monkeyp
     commands = re.findall(r"^lavis-kvmod (convert .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(commands) == 5
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command.folders, "VIT_HEAD_WIDTH", 8)  # the small model's heads
-    monkeypatch.setattr(command.folders, "QFORMER_HEAD_WIDTH", 8)
+    monkeypatch.setattr(command.hf_folders, "VIT_HEAD_WIDTH", 8)  # the small model's heads
+    monkeypatch.setattr(command.hf_folders, "QFORMER_HEAD_WIDTH", 8)
     hf_folder.rename("blip2-opt-2.7b")
     shutil.copy(files.blip2, "blip2_pretrained_opt2.7b.pth")
     shutil.copy(files.vit, "eva_vit_g.pth")
@@ -269,7 +269,7 @@ def test_lavis_takes_what_is_converted_with_rows_for_an_image_token(
 ):
     expected = read_all(files)
     rows = len(expected["opt_model.model.decoder.embed_tokens.weight"])
-    monkeypatch.setattr(command.names, "OPT_ROWS", rows)
+    monkeypatch.setattr(command.hf_names, "OPT_ROWS", rows)
     state = hf_tensors(hf_folder)
     name = "language_model.model.decoder.embed_tokens.weight"
     state[name] = torch.cat([state[name], torch.randn(32, 32)])
@@ -472,13 +472,10 @@ def test_a_sha256_beside_a_path_is_checked(build, files, hf_folder, tmp_path):
     assert not list(tmp_path.glob("*bad*"))
 
 
-def test_a_sha256_beside_a_url(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    cached = tmp_path / "hub" / "checkpoints" / "there.pth"
-    cached.parent.mkdir(parents=True)
-    torch.save({"model": {"a": torch.zeros(2)}}, cached)
-    url = "https://127.0.0.1:9/never/there.pth"
-    convert(f"{url}#sha256={hashlib.sha256(cached.read_bytes()).hexdigest()}", tmp_path / "a.safetensors")
+def test_a_sha256_beside_a_url(served, tmp_path):
+    there, url = served.folder / "there.pth", f"{served.url}/there.pth"
+    torch.save({"model": {"a": torch.zeros(2)}}, there)
+    convert(f"{url}#sha256={hashlib.sha256(there.read_bytes()).hexdigest()}", tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="there.pth is not the file"):
         convert(f"{url}#sha256={'0' * 64}", tmp_path / "b.safetensors")
 

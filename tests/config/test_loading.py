@@ -41,7 +41,7 @@ def test_every_yaml_loads(path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
         monkeypatch.setattr("lavis_kvmod.config.loading.data_problems", lambda cfg: [])
-        monkeypatch.setattr("lavis_kvmod.weights.finding._reachable", lambda url: True)
+        monkeypatch.setattr("lavis_kvmod.weights.downloads.reachable", lambda url: True)
         yours = ["model.finetuned=https://example.org/yours.pth"] if cfg.model.get("load_finetuned") else []
         merged = load_config(path, yours)
         assert merged.run_cfg.runner == "runner_kvmod"
@@ -132,7 +132,7 @@ def test_missing_and_unreadable_checkpoints_are_found_before_anything_is_built(m
 
 def test_missing_data_says_where_it_was_looked_for(tmp_path, monkeypatch):
     """For all splits together, and nothing of LAVIS's own sets needs a run file of ours."""
-    monkeypatch.setattr("lavis_kvmod.weights.finding._reachable", lambda url: False)
+    monkeypatch.setattr("lavis_kvmod.weights.downloads.reachable", lambda url: False)
     options = [f"datasets.vqav2.build_info.images.storage={tmp_path / 'no-images'}"]
     text = "\n".join(problems(options, "projects/kvmod/vqa.yaml"))
     assert f"datasets.vqav2: train: no folder {tmp_path / 'no-images' / 'train2014'} (images); get http" in text

@@ -76,7 +76,7 @@ def test_its_head_says_what_it_needs_trains_and_takes_and_how_it_is_run(name):
 
 @pytest.mark.parametrize("name", [name for name in RUN_FILES if not name.startswith("demo")])
 def test_without_a_gpu_and_data_all_that_is_missing_is_told(name, monkeypatch, tmp_path):
-    monkeypatch.setattr("lavis_kvmod.weights.finding._reachable", lambda url: False)
+    monkeypatch.setattr("lavis_kvmod.weights.downloads.reachable", lambda url: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigurationError) as caught:

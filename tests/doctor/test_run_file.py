@@ -106,7 +106,7 @@ def test_weights_in_another_half_than_the_run_computes_in():
 def test_weights_and_what_is_still_to_come(tmp_path, monkeypatch):
     here = tmp_path / "b3.pth"
     here.write_bytes(b"")
-    monkeypatch.setattr("lavis_kvmod.weights.finding._reachable", lambda url: True)
+    monkeypatch.setattr("lavis_kvmod.weights.downloads.reachable", lambda url: True)
     remote = WeightFile("image encoder", "https://example.org/none-such.pth", "model.vit_checkpoint")
     files = [WeightFile("auxiliary encoder", str(here), "model.aux_checkpoint"), remote]
     local, to_come = weight_findings(files, {"visual_encoder": 2 * GIB})
@@ -164,7 +164,7 @@ def test_the_published_model_on_a_24_gib_gpu(monkeypatch):
     """Everything but the GPU's memory is made to be there."""
     monkeypatch.setattr("lavis_kvmod.config.loading.cuda_capability", lambda: (8, 0))
     monkeypatch.setattr("lavis_kvmod.config.loading.data_problems", lambda cfg: [])
-    monkeypatch.setattr("lavis_kvmod.weights.finding._reachable", lambda url: True)
+    monkeypatch.setattr("lavis_kvmod.weights.downloads.reachable", lambda url: True)
     options = ["run.batch_size_train=128", "run.batch_size_eval=64"]
     found = findings_of("projects/kvmod/vqa.yaml", options, machine(24))
     training, evaluation = found[-2:]

@@ -52,7 +52,7 @@ class AnnotationFile:
         if self.is_here or self.optional:
             return None
         key = f"build_info.annotations.{self.split}.storage"
-        if WeightFile(self.split, self.url or str(self.path), key).problem():
+        if WeightFile(self.split, self.url or str(self.path), key).absence():
             source = (
                 f", and {self.url} cannot be had; get it elsewhere and put it there," if self.url else "; put it there,"
             )

@@ -1,3 +1,5 @@
+from argparse import Namespace
+
 import pytest
 import torch
 from efficientnet_pytorch import EfficientNet
@@ -91,6 +93,20 @@ def test_wrapped_files_and_any_number_of_classes(tmp_path, wrap):
     wrapped = build_auxiliary_encoder_from(state, tmp_path / "wrapped.pth")
     for key, value in plain.state_dict().items():
         assert torch.equal(value, wrapped.state_dict()[key])
+
+
+def test_what_timm_saves_in_training(tmp_path):
+    """Its script's arguments are beside the weights."""
+    import timm
+    from timm.utils import CheckpointSaver
+
+    network = timm.create_model("resnet18", num_classes=5)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    folders = dict(checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver = CheckpointSaver(model=network, optimizer=optimizer, args=Namespace(model="resnet18"), **folders)
+    saver.save_checkpoint(0, metric=1.0)
+    encoder = build_auxiliary_encoder("timm:resnet18", str(tmp_path / "last.pth.tar"))
+    assert torch.equal(encoder.backbone.conv1.weight, network.conv1.weight)
 
 
 def test_a_moco_file_gives_its_trained_network(tmp_path):
