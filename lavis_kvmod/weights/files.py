@@ -200,7 +200,12 @@ def model_tensors(contents: Any, path: PathLike) -> StateDict:
 
 
 def weight_files(folder: Path) -> List[Path]:
-    """The files of a Hugging Face folder that together hold its weights; raises as `read_folder`."""
+    """The files of a Hugging Face folder that together hold its weights.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        CheckpointError: see `weight_map`.
+    """
     shards = sorted(set(weight_map(folder).values()))
     if shards:
         return [folder / shard for shard in shards]
