@@ -63,6 +63,7 @@ def test_the_promised_names_are_in_the_table():
         ("task", "kvmod_captioning"),
         ("builder", "digits_vqa"),
         ("builder", "digits_caption"),
+        ("builder", "easy_vqa"),
         ("builder", "vqav2"),
         ("builder", "textvqa"),
     } <= set(NAMES)

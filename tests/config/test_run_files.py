@@ -5,6 +5,7 @@ import csv
 import re
 from pathlib import Path
 
+import easy_vqa
 import pytest
 import torch
 from lavis.common.registry import registry
@@ -23,7 +24,7 @@ from lavis_kvmod.weights import files as checkpoints
 FOLDER = resource("projects/kvmod")
 RUN_FILES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml"))
 ASKED_FOR = {  # issue by issue; the test that every file runs cannot notice one that is gone
-    *("vqa", "vqa_opt6.7b", "caption", "caption_opt6.7b", "okvqa", "demo_vqa", "demo_caption"),
+    *("vqa", "vqa_opt6.7b", "caption", "caption_opt6.7b", "okvqa", "demo_vqa", "demo_caption", "easy_vqa"),
     *("custom_vqa", "custom_caption", "artquest"),
     *(f"eval/{name}" for name in ("vqav2", "okvqa", "coco_caption", "nocaps")),
     *(f"eval/{name}_zeroshot" for name in ("vqav2", "okvqa", "gqa", "nocaps", "textvqa")),
@@ -74,7 +75,7 @@ def test_its_head_says_what_it_needs_trains_and_takes_and_how_it_is_run(name):
             assert OmegaConf.select(defaults.datasets[dataset], below.split(".")[0], default="none") != "none", key
 
 
-@pytest.mark.parametrize("name", [name for name in RUN_FILES if not name.startswith("demo")])
+@pytest.mark.parametrize("name", [name for name in RUN_FILES if not name.startswith(("demo", "easy_vqa"))])
 def test_without_a_gpu_and_data_all_that_is_missing_is_told(name, monkeypatch, tmp_path):
     monkeypatch.setattr("lavis_kvmod.weights.downloads.reachable", lambda url: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -113,6 +114,9 @@ def small(benchmarks, model_config, yours, tmp_path, monkeypatch):
     few = {split: digits.load_scans(split)[:6] for split in digits.SPLITS}
     monkeypatch.setattr(digits, "load_scans", few.__getitem__)
     digits_data._pictures.cache_clear()
+    for ask in ("get_train_questions", "get_test_questions"):
+        of_few = [column[:30] for column in getattr(easy_vqa, ask)()]
+        monkeypatch.setattr(easy_vqa, ask, lambda of_few=of_few: of_few)
 
     def options(name):
         cfg = raw(name)
