@@ -47,12 +47,14 @@ Sample = Dict[str, Any]
 
 def answers_and_weights(annotation: Annotation) -> Tuple[List[str], List[float]]:
     """The distinct answers in the order given, and what each weighs: its share of the annotators, as in LAVIS, or its
-    own ``weight``s together."""
-    answers = annotation["answer"]
-    weights = annotation.get("weight") or [1 / len(answers)] * len(answers)
+    own ``weight``s together. Annotators who said nothing are left out, and their weight with them; they still count
+    where answers are scored."""
+    answers = annotation.get("answer") or []
+    weights = annotation.get("weight") or [1 / len(answers) for _ in answers]
     total: Dict[str, float] = {}
     for answer, weight in zip(answers, weights):
-        total[answer] = total.get(answer, 0.0) + weight
+        if answer.strip():
+            total[answer] = total.get(answer, 0.0) + weight
     return list(total), list(total.values())
 
 
@@ -187,9 +189,8 @@ class VQAEvalData(AnnotatedDataset):
     def _texts(self, annotation: Annotation) -> Sample:
         sample = {key: annotation[key] for key in ("question_id", "image_id", "instance_id")}
         sample["text_input"] = self.text_processor(annotation["question"])
-        if annotation.get("answer"):
-            sample["answers"], sample["weights"] = answers_and_weights(annotation)
-        return sample
+        answers, weights = answers_and_weights(annotation)
+        return {**sample, "answers": answers, "weights": weights} if answers else sample
 
 
 class CaptionTrainData(AnnotatedDataset, CaptionDataset):

@@ -24,6 +24,7 @@ from lavis_kvmod.datasets.image_folders import ImageFolders, MissingImageError
 from lavis_kvmod.datasets.images import BadImageError
 from lavis_kvmod.datasets.packaged import PackagedBuilder
 from lavis_kvmod.datasets.storage import looked_for, places, stored, strings
+from lavis_kvmod.system.text_cleaning import one_line
 
 __all__ = ["AnnotationBuilder", "CaptionBuilder", "VQABuilder"]
 
@@ -61,7 +62,7 @@ class AnnotationBuilder(PackagedBuilder):
         raise NotImplementedError
 
     def divide(self, splits: Splits) -> Splits:
-        """Move rows between splits, once their images have been found."""
+        """Move good rows between splits, once their images have been found."""
         return splits
 
     def arrange(self, split: str, rows: List[Annotation]) -> List[Annotation]:
@@ -137,14 +138,16 @@ class AnnotationBuilder(PackagedBuilder):
                     _find_image(row, folders, known)
                 if row.get("question_id") is None and "question" in row:
                     row["question_id"] = f"{split}-{number}"
-        splits = self.divide(splits)
-        checked = {
+                if row.get(self.target):
+                    row[self.target] = [one_line(text) for text in row[self.target]]
+        # Rows first, then splits: what is wrong with every row of train would else be told as too few images.
+        splits = {
             split: _collect(problems, lambda split=split, rows=rows: self._check(split, rows, policy))
             for split, rows in splits.items()
         }
         if problems:
             raise BadDataError(problems)
-        return {split: self.arrange(split, rows) for split, rows in checked.items()}
+        return {split: self.arrange(split, rows) for split, rows in self.divide(splits).items()}
 
     def image_folders(self) -> Optional[ImageFolders]:
         """The folders under ``build_info.images.storage``; None where rows carry paths that need no search.
@@ -167,10 +170,6 @@ class AnnotationBuilder(PackagedBuilder):
         if not rows:
             raise BadDataError(f"{split}: no rows")
         has_targets = any(row.get(self.target) for row in rows)
-        if split == "train" and not has_targets:
-            raise BadDataError(f"train: none of {len(rows)} rows has an entry under {self.target!r} to learn from")
-        if not has_targets:
-            logging.warning("%s has no %ss: predictions will be written, not scored", split, self.target)
         good, bad, seen = [], [], {}
         for row in rows:
             problem = self._problem(row, has_targets, seen)
@@ -181,9 +180,18 @@ class AnnotationBuilder(PackagedBuilder):
         kinds = Counter(problem.kind for _, problem in bad)
         counts = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
         lines = [f"{row['source']}: {problem.text}" for row, problem in bad]
-        policy.judge(lines, len(rows), f"rows of {split}" + (f" ({counts})" if counts else ""))
-        if not good:
-            raise BadDataError(f"{split}: none of {len(rows)} rows can be used{some_of(lines)}")
+        problems: List[str] = []
+        if not has_targets and not any(row.get("problem") for row in rows):  # a broken row's target is not known
+            if split == "train":
+                problems.append(f"train: none of {len(rows)} rows has an entry under {self.target!r} to learn from")
+            else:
+                logging.warning("%s has no %ss: predictions will be written, not scored", split, self.target)
+        what = f"rows of {split}" + (f" ({counts})" if counts else "")
+        _collect(problems, lambda: policy.judge(lines, len(rows), what))
+        if not good and not problems:
+            problems.append(f"{split}: none of {len(rows)} rows can be used{some_of(lines)}")
+        if problems:
+            raise BadDataError(problems)
         return good
 
     def _problem(self, row: Annotation, needs_target: bool, seen: Dict[Any, Annotation]) -> Optional[Problem]:

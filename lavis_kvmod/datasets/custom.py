@@ -4,6 +4,7 @@ All keys of a section are in docs/data.md.
 """
 
 import difflib
+import logging
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
@@ -13,7 +14,16 @@ from lavis_kvmod.datasets.annotated import Annotation
 from lavis_kvmod.datasets.answer_list import checked_answers, read_answer_list
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.builder import AnnotationBuilder, CaptionBuilder, Splits, VQABuilder
-from lavis_kvmod.datasets.cells import first, read_id, read_text, read_texts, read_weight
+from lavis_kvmod.datasets.cells import (
+    first,
+    looks_like_a_list,
+    read_id,
+    read_name,
+    read_text,
+    read_texts,
+    read_weight,
+    short,
+)
 from lavis_kvmod.datasets.splits import DEFAULT_SEED, split_by_image, split_problems
 from lavis_kvmod.datasets.storage import looked_for, places, stored, strings
 from lavis_kvmod.datasets.tables import Row, Table, read_table
@@ -93,7 +103,15 @@ class _CustomBuilder(AnnotationBuilder):
         table = read_table(path, expected=expected, name=called, **options)
         columns = self._columns_in(table, split, called)
         separator = self.config.get(self.SEPARATOR)  # once: looking into a config costs more than reading a row
-        return [self._annotation(row, columns, separator) for row in table.rows]
+        rows = [self._annotation(row, columns, separator) for row in table.rows]
+        unclear = [text for row in rows for text in row.get(self.target) or () if looks_like_a_list(text)]
+        if unclear:
+            logging.warning(
+                "%s: %d %ss look like lists, and are taken as one text each, such as %s; if they are lists, write them "
+                'as JSON, ["a", "b"]',
+                *(called, len(unclear), self.target, short(unclear[0])),
+            )
+        return rows
 
     def _annotation(self, row: Row, columns: Dict[str, List[str]], separator: Optional[str]) -> Annotation:
         annotation: Annotation = {"source": row.source, "image": None}
@@ -101,7 +119,7 @@ class _CustomBuilder(AnnotationBuilder):
             return {**annotation, "problem": row.problem}
         cells = {key: [row.values.get(name) for name in names] for key, names in columns.items()}
         try:
-            annotation["image"] = read_text(first(cells["image"]), "image")
+            annotation["image"] = read_name(first(cells["image"]), "image")
             annotation["image_id"] = read_id(first(cells["image_id"]), "image_id")
             annotation.update(self._texts(cells, separator))
         except ValueError as error:

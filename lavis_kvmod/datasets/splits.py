@@ -43,18 +43,17 @@ def split_by_image(rows: Sequence[Annotation], shares: Mapping[str, float], seed
     """``train`` and the splits that ``shares`` names, each image with all its rows in one of them.
 
     Which images go where depends on their names and the seed, not on the order of the rows. A split gets its share of
-    the images, rounded, and at least one. Rows keep their order; those whose image was not found stay in ``train``.
+    the images, rounded, and at least one. Rows keep their order.
 
     Args:
-        rows: annotations with an ``image_name``.
+        rows: annotations with an ``image_name``, all of them good.
         shares: the share of the images by split, such as ``{"val": 0.1}``.
         seed: another seed chooses other images.
 
     Raises:
         BadDataError: if there are too few images.
     """
-    found = {row["image_name"] for row in rows if not row.get("image_problem")}
-    images = sorted(found, key=lambda name: _lot(seed, name))
+    images = sorted({row["image_name"] for row in rows}, key=lambda name: _lot(seed, name))
     sizes = {split: max(1, round(share * len(images))) for split, share in shares.items()}
     if sum(sizes.values()) >= len(images):
         wanted = ", ".join(f"{split} {size}" for split, size in sizes.items())

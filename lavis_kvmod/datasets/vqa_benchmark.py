@@ -5,29 +5,14 @@ import logging
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence
 
-from lavis_kvmod.datasets.annotated import Annotation, Sample, VQAEvalData, VQATrainData
+from lavis_kvmod.datasets.annotated import Annotation, VQAEvalData
 from lavis_kvmod.datasets.builder import Problem, VQABuilder
 from lavis_kvmod.weights.files import whole_or_nothing
 
-__all__ = ["BenchmarkVQABuilder", "BenchmarkVQAEvalData", "BenchmarkVQATrainData"]
+__all__ = ["BenchmarkVQABuilder", "BenchmarkVQAEvalData"]
 
 
-class _Spoken:
-    """Leaves out annotators who gave no answer, from what is trained on; they still count where answers are scored."""
-
-    def _texts(self, annotation: Annotation) -> Sample:
-        answers = annotation.get("answer") or []
-        spoken = [answer for answer in answers if answer.strip()]
-        if len(spoken) < len(answers):
-            annotation = {**annotation, "answer": spoken, "weight": [1 / len(answers)] * len(spoken)}
-        return super()._texts(annotation)
-
-
-class BenchmarkVQATrainData(_Spoken, VQATrainData):
-    """Questions with the distinct answers among their ten, weighed by how many gave them."""
-
-
-class BenchmarkVQAEvalData(_Spoken, VQAEvalData):
+class BenchmarkVQAEvalData(VQAEvalData):
     """Questions by id, and the leaderboard's file.
 
     Attributes:
@@ -73,7 +58,6 @@ class BenchmarkVQABuilder(VQABuilder):
         benchmark: its name, as in the leaderboard's file.
     """
 
-    train_dataset_cls = BenchmarkVQATrainData
     eval_dataset_cls = BenchmarkVQAEvalData
     benchmark: str
 

@@ -71,6 +71,16 @@ def test_answers_weigh_as_in_lavis():
     assert answers_and_weights({"answer": ["a", "b", "a"], "weight": [1, 0.5, 2]}) == (["a", "b"], [3.0, 0.5])
 
 
+@pytest.mark.parametrize("cls", [VQATrainData, VQAEvalData])
+def test_whoever_said_nothing_is_left_out_with_his_weight(photos, cls):
+    data = questions(cls, photos)
+    said = {"answer": ["yes", "", " ", "no"]}
+    assert answers_and_weights(said) == (["yes", "no"], [0.25, 0.25])
+    assert answers_and_weights({**said, "weight": [0.5, 0.3, 0.1, 0.1]}) == (["yes", "no"], [0.5, 0.1])
+    sample = data._texts({**data.annotation[0], **said, "weight": [0.5, 0.3, 0.1, 0.1]})
+    assert sample["answers"] == ["yes", "no"] and sample["weights"] == [0.5, 0.1]
+
+
 def test_instances_are_numbered_as_in_lavis(photos):
     data = questions(VQAEvalData, photos)
     assert [entry["instance_id"] for entry in data.annotation] == ["0", "1"]

@@ -174,6 +174,35 @@ def test_answers_and_weights_in_columns_stay_pairs(vqa, write_csv):
     assert "1 weights for 2 answers" in problems(vqa(write_csv("qa.csv", [{**row, "w3": ""}]), columns=columns))
 
 
+def test_a_line_break_in_an_answer_is_a_space(vqa, write_csv, write_jsonl):
+    """A model's answer ends at a line break: one inside could be learnt, but never be said."""
+    rows = [{**ROWS[2], "answer": "a\ncat"}, {**ROWS[3], "answer": " hot \r\n coffee", "question": "What\nis it?"}]
+    for path in (write_csv("qa.csv", rows), write_jsonl("qa.jsonl", rows)):
+        train = build(vqa(path))["train"]
+        assert [row["answer"] for row in train.annotation] == [["a cat"], ["hot coffee"]]
+        assert train.annotation[1]["question"] == "What is it?" and train.answer_list == ["a cat", "hot coffee"]
+
+
+def test_lists_and_weights_as_pandas_writes_them(vqa, write_csv):
+    row = {"image": "chelsea.png", "question": "What is it?", "answer": "['cat' 'a cat']", "weight": "[0.75 0.25]"}
+    train = build(vqa(write_csv("qa.csv", [row])))["train"]
+    assert train[0]["answers"] == ["cat", "a cat"] and train[0]["weights"] == [0.75, 0.25]
+    found = problems(vqa(write_csv("qa.csv", [{**row, "answer": "['cat', 'a cat"}, {**row, "answer": "['a cat's]"}])))
+    assert "qa.csv, row 3: answer: it begins as a list does" in found
+
+
+def test_what_may_be_a_list_is_told(vqa, write_csv, caplog):
+    rows = [{"image": "chelsea", "question": "What?", "answer": answer} for answer in ("[cat, pet]", "[a, b]", "[sic]")]
+    assert len(build(vqa(write_csv("qa.csv", rows)))["train"]) == 3
+    assert "qa.csv: 2 answers look like lists, and are taken as one text each, such as [cat, pet]; " in caplog.text
+
+
+def test_answers_as_in_vqas_own_files(vqa, write_jsonl):
+    answers = [{"answer": "cat", "answer_confidence": "yes", "answer_id": i} for i in range(10)]
+    rows = [{"image": "chelsea", "question": "What?", "answer": answers}]
+    assert build(vqa(write_jsonl("qa.jsonl", rows)))["train"].annotation[0]["answer"] == ["cat"] * 10
+
+
 def test_weights_may_be_given(vqa, write_jsonl):
     rows = [{"image": "chelsea", "question": "What?", "answer": ["cat", "pet", "cat"], "weight": [0.5, 0.2, 0.1]}]
     sample = build(vqa(write_jsonl("qa.jsonl", rows)))["train"][0]
@@ -304,6 +333,12 @@ def test_captions_for_evaluation_are_one_an_image(caption, write_csv, write_json
     assert [row["caption"] for row in datasets["train"].annotation].count([both[1]]) == 1
 
 
+def test_a_line_break_in_a_caption_is_a_space(caption, write_csv):
+    path = write_csv("c.csv", [{"image": "chelsea", "caption": "a ginger\ncat"}])
+    datasets = build(caption(path, val=path), CustomCaptionBuilder)
+    assert [datasets[split].annotation[0]["caption"] for split in ("train", "val")] == [["a ginger cat"]] * 2
+
+
 def test_images_to_caption_need_no_captions(caption, write_csv):
     test = build(caption(test=write_csv("c.csv", [{"image": "chelsea"}])), CustomCaptionBuilder)["test"]
     assert set(batch(test)) == {"image", "image_key", "image_id", "instance_id"}
@@ -382,6 +417,13 @@ def test_what_is_no_split(vqa, write_csv, split, message):
     section = vqa(path, test=path if "file of its own" in message else None)
     section.split = split
     assert message in problems(section)
+
+
+@pytest.mark.parametrize("image", ["photos/{}", "https://example.org/{}", "C:\\photos\\{}"])
+def test_a_fault_of_all_rows_is_not_hidden_by_the_split(vqa, write_csv, image):
+    rows = [{**row, "image": image.format(row["image"].split("/")[-1])} for row in ROWS]
+    found = problems(vqa(write_csv("qa.csv", rows), split={"val": 0.2, "test": 0.2}))
+    assert "5 of 5 rows of train (5 × image not found) cannot be used" in found and "too few" not in found
 
 
 # ------------------------------------------------------------ what is wrong is told, all of it
@@ -546,6 +588,21 @@ def test_nothing_to_learn_from(vqa, write_csv):
     empty = write_csv("qa.csv", ROWS[:1])
     empty.write_text(empty.read_text().splitlines()[0] + "\n")
     assert "train: no rows" in problems(vqa(empty))
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"answer": True}, "answer: expected a text, got true; write yes and no"),
+        ({"answer": [{"text": "red"}]}, 'answer: expected a text, got {"text": "red"}'),
+        ({"image": ["chelsea.png", "coffee.png"]}, 'image: expected a text, got ["chelsea.png", "coffee.png"]'),
+    ],
+)
+def test_where_every_row_is_broken_the_rows_own_faults_are_told(vqa, write_jsonl, change, told):
+    rows = [{**row, **change} for row in ROWS]
+    found = problems(vqa(write_jsonl("qa.jsonl", rows)))
+    assert "5 of 5 rows of train (5 × broken row) cannot be used" in found and f"qa.jsonl, line 1: {told}" in found
+    assert "has an entry under" not in found
 
 
 def test_a_run_whose_every_row_is_bad_is_not_started(vqa, write_csv):

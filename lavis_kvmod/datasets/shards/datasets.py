@@ -179,19 +179,6 @@ class ShardDataset(AnnotatedDataset):
         raise BadDataError("no row to make a sample of")
 
 
-class _Spoken(AnnotatedDataset):
-    """Leaves out annotators who gave no answer (as in VQAv2), from what is trained on."""
-
-    def _texts(self, annotation: Annotation) -> Sample:
-        answers = annotation.get("answer") or []
-        spoken = [answer for answer in answers if answer.strip()]
-        if len(spoken) < len(answers):
-            weights = annotation.get("weight") or [1 / len(answers)] * len(answers)
-            weights = [weight for answer, weight in zip(answers, weights) if answer.strip()]
-            annotation = {**annotation, "answer": spoken, "weight": weights}
-        return super()._texts(annotation)
-
-
 class _Evaluated(ShardDataset):
     """Samples carry their annotation, since there is no list of all of them."""
 
@@ -201,13 +188,13 @@ class _Evaluated(ShardDataset):
         return {**super()._texts(annotation), "annotation": annotation}
 
 
-class WdsVQATrainData(_Spoken, ShardDataset, VQATrainData):
+class WdsVQATrainData(ShardDataset, VQATrainData):
     """Questions with their answers, for training."""
 
     kind, for_training = VQA, True
 
 
-class WdsVQAEvalData(_Evaluated, _Spoken, ShardDataset, VQAEvalData):
+class WdsVQAEvalData(_Evaluated, ShardDataset, VQAEvalData):
     """Questions by id, with their annotation."""
 
     kind = VQA

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy, some_of
+from lavis_kvmod.datasets.cells import said
 from lavis_kvmod.datasets.images import BadImageError, read_image
 from lavis_kvmod.datasets.seeding import stable_hash
 from lavis_kvmod.datasets.shards.files import ANSWERS, INDEX, Contents, Shard, index_text, read_index, sha256_of
@@ -29,8 +30,6 @@ from lavis_kvmod.weights.files import whole_or_nothing
 __all__ = ["Item", "PackSettings", "Packer", "items_of", "readable"]
 
 _COPIED = ("image_id", "question_id", "question", "question_type", "answer_type", "weight")
-# Under what names data sets have answers and captions.
-_TARGETS = {"answer": ("answer", "direct_answers"), "caption": ("caption",)}
 
 Entry = Dict[str, Any]
 
@@ -191,11 +190,15 @@ def _entry(annotation: Dict[str, Any], kind: Kind, source: str) -> Entry:
             entry["image"] = os.path.basename(entry["image"])
     image_id = annotation.get("image_id", annotation.get("img_id"))
     entry["image_id"] = entry.get("image") if image_id is None else _plain(image_id)
-    found = next((annotation[key] for key in _TARGETS[kind.target] if annotation.get(key) is not None), [])
+    found = said(annotation, kind.target)
     if found:
-        entry[kind.target] = [found] if isinstance(found, str) else [str(text) for text in found]
+        entry[kind.target] = [found] if isinstance(found, str) else [_text(text, kind) for text in found]
     entry["source"] = str(annotation.get("source") or source)
     return entry
+
+
+def _text(value: Any, kind: Kind) -> str:
+    return str(value[kind.target] if isinstance(value, dict) and kind.target in value else value)
 
 
 def _plain(value: Any) -> Any:

@@ -22,14 +22,12 @@ from typing import Any, Callable, Dict, Generator, Iterator, List, NamedTuple, O
 from webdataset.handlers import reraise_exception
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from lavis_kvmod.datasets.cells import check_encodable, has_words, read_weight
+from lavis_kvmod.datasets.cells import has_words, read_text, read_texts, read_weight, said
+from lavis_kvmod.system.text_cleaning import one_line
 
 __all__ = ["CAPTION", "IMAGE_EXTENSIONS", "VQA", "Kind", "Row", "ends_as_a_tar", "rows_by_sample"]
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-_ANSWER_KEYS = ("answer", "answers", "direct_answers")
-_CAPTION_KEYS = ("caption", "captions")
-
 _NEIGHBOURS = "the members of a sample must stand together in the tar, as after tar --sort=name"
 
 # What a tar that was cut short or damaged makes its readers raise.
@@ -241,41 +239,34 @@ def _question(entry: Annotation, text: Optional[str]) -> Annotation:
     if not isinstance(question, str) or not has_words(question):
         known = ", ".join(sorted(entry)) or "nothing"
         raise ValueError(f"expected a question (a text under 'question'), got {question!r} among {known}")
-    check_encodable(question, "question")
-    answers = _texts(entry, _ANSWER_KEYS, "answer")
+    question = read_text(question, "question")
+    answers = _texts(entry, "answer")
     if answers and not any(answer.strip() for answer in answers):
         raise ValueError(f"all its answers are empty: {answers!r}")
     annotation: Annotation = {"question": question, "answer": answers} if answers else {"question": question}
     weights = entry.get("weight", entry.get("weights"))
     if weights is not None:
-        weights = weights if isinstance(weights, list) else [weights]
-        if len(weights) != len(answers) or not all(isinstance(w, (int, float)) for w in weights):
+        listed = [weights if isinstance(weights, (list, str)) else [weights]]
+        annotation["weight"] = [read_weight(weight) for weight in read_texts(listed, "weight")]
+        if len(annotation["weight"]) != len(answers):
             raise ValueError(f"expected {len(answers)} weights, one for each answer, got {weights!r}")
-        annotation["weight"] = [read_weight(weight) for weight in weights]
-        if weights and not sum(annotation["weight"]):
+        if answers and not sum(annotation["weight"]):
             raise ValueError(f"all its weights are 0: {weights!r}")
     return annotation
 
 
 def _caption(entry: Annotation, text: Optional[str]) -> Annotation:
-    captions = _texts(entry, _CAPTION_KEYS, "caption") or ([] if text is None else [text])
+    captions = _texts(entry, "caption") or ([] if text is None else [one_line(text)])
     if not all(has_words(caption) for caption in captions):
         raise ValueError(f"one of its captions is empty: {captions!r}")
     return {"caption": captions}
 
 
-def _texts(entry: Annotation, keys, what: str) -> List[str]:
-    """The texts under the first of these keys that is there; the official VQA files' ``{"answer": …}`` too."""
-    found = next((entry[key] for key in keys if entry.get(key) is not None), [])
-    texts = []
-    for value in found if isinstance(found, list) else [found]:
-        value = value.get(what) if isinstance(value, dict) else value
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = str(value)
-        if not isinstance(value, str):
-            raise ValueError(f"expected each {what} to be a text, got {value!r}")
-        texts.append(check_encodable(value, what))
-    return texts
+def _texts(entry: Annotation, target: str) -> List[str]:
+    found = said(entry, target)
+    if isinstance(found, list) and None in found:
+        raise ValueError(f"expected each {target} to be a text, got None")
+    return read_texts([found], target)
 
 
 VQA = Kind("vqa", "answer", _question)

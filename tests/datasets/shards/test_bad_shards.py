@@ -379,6 +379,14 @@ def test_an_entry_of_a_shard_that_no_model_can_take(kind, entry, message):
         kind.parse(entry, None)
 
 
+def test_lists_and_line_breaks_in_a_shards_texts():
+    entry = {"question": "what\nis it?", "answer": "['dark\\nred' 'red']", "weight": "[0.5 0.25]"}
+    expected = {"question": "what is it?", "answer": ["dark red", "red"], "weight": [0.5, 0.25]}
+    assert VQA.parse(entry, None) == expected
+    assert CAPTION.parse({"caption": "a red\r\nhouse"}, None) == {"caption": ["a red house"]}
+    assert CAPTION.parse({}, "a red\nhouse") == {"caption": ["a red house"]}
+
+
 def test_a_brace_without_its_other_half_is_a_config_problem():
     with pytest.raises(BadDataError, match="brace without its other half"):
         find_shards(["train-{000..003.tar"])
