@@ -8,10 +8,13 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Mapping, Sequence, Union
 
+from lavis_kvmod.datasets.cells import short
+
 __all__ = ["BadDataError", "BadSampleCounter", "BadSamplePolicy", "PROBLEMS_SHOWN", "some_of"]
 
 # Problems a message spells out before it only counts the rest.
 PROBLEMS_SHOWN = 12
+_CHARACTERS_SHOWN = 1000  # of a problem
 
 # Before the end of an epoch a share is judged as if at least so many samples had been seen: a single bad image in the
 # first batch is no reason to stop.
@@ -27,8 +30,8 @@ class BadDataError(ValueError):
 
 
 def some_of(problems: Sequence[str], shown: int = PROBLEMS_SHOWN) -> str:
-    """The first problems, one an indented line, and how many more there are."""
-    lines = [f"\n    {problem}" for problem in problems[:shown]]
+    """The first problems, one an indented line (long ones without their middle), and how many more there are."""
+    lines = [f"\n    {short(problem, _CHARACTERS_SHOWN)}" for problem in problems[:shown]]
     if len(problems) > shown:
         lines.append(f"\n    … and {len(problems) - shown} more")
     return "".join(lines)

@@ -20,7 +20,7 @@ from lavis_kvmod.datasets.annotated import (
 )
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy, some_of
 from lavis_kvmod.datasets.cells import has_words
-from lavis_kvmod.datasets.image_folders import ImageFolders, MissingImageError
+from lavis_kvmod.datasets.image_folders import ImageFolders, MissingImageError, OutsideImageError
 from lavis_kvmod.datasets.images import BadImageError
 from lavis_kvmod.datasets.packaged import PackagedBuilder
 from lavis_kvmod.datasets.storage import looked_for, places, stored, strings
@@ -163,7 +163,10 @@ class AnnotationBuilder(PackagedBuilder):
         if missing:
             how = f"{self.images_from}, or " if self.images_from else ""
             raise BadDataError([f"no folder {path} (images); {how}set {key} to yours" for path in missing])
-        return ImageFolders([stored(root) for root in roots])
+        allow_outside = (self.config.build_info.get(self.data_type) or {}).get("allow_outside", False)
+        if not isinstance(allow_outside, bool):
+            raise BadDataError(f"{key[:-8]}.allow_outside: expected true or false, got {allow_outside!r}")
+        return ImageFolders([stored(root) for root in roots], allow_outside)
 
     def _check(self, split: str, rows: Sequence[Annotation], policy: BadSamplePolicy) -> List[Annotation]:
         """The rows that can be used."""
@@ -307,6 +310,8 @@ def _look_up(name: str, folders: ImageFolders) -> Found:
         path = folders.find(name)
     except MissingImageError as error:
         return Problem("image not found", str(error))
+    except OutsideImageError as error:
+        return Problem("image outside its folder", str(error))
     except BadImageError as error:
         return Problem("image name not unique", str(error))
     return path, folders.name_of(path)

@@ -8,15 +8,20 @@ transparency, leaves photographs lying on their side, and, because importing LAV
 import contextlib
 import io
 import os
+import zlib
 from pathlib import Path
 from typing import BinaryIO, Iterator, Optional, Union
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-__all__ = ["BadImageError", "read_image"]
+__all__ = ["FORMATS", "BadImageError", "format_of", "read_image"]
 
 ImageSource = Union[str, Path, bytes, BinaryIO]
+
+# Pillow takes the format from a file's contents, whatever its name says, and knows some that are programs: for a
+# "photo.jpg" that is PostScript it starts Ghostscript. These are pictures made of pixels, and decoded by Pillow itself.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 _WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 # Formats whose grey of more than 8 bits older Pillows open as 32-bit integers, in the range of 16 bits.
@@ -48,15 +53,66 @@ def read_image(source: ImageSource, *, max_pixels: Optional[int] = None, name: O
         if not source:
             raise BadImageError(f"{name}: the file is empty (0 bytes)")
         source = io.BytesIO(source)
+    max_pixels = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
     try:
-        with _no_truncated_images(), Image.open(source) as image:
-            _refuse_bomb(image, Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels)
-            image.load()
-            return _to_rgb(_upright(image), image.format)
+        try:
+            return _decoded(source, max_pixels)
+        except Exception:  # damaged files make Pillow's decoders raise errors of almost any type
+            pixels_alone = _png_without_side_data(source)
+            if pixels_alone is not None:
+                with contextlib.suppress(Exception):
+                    return _decoded(io.BytesIO(pixels_alone), max_pixels)
+            raise
     except MemoryError:
         raise  # the machine's fault, not the image's
-    except Exception as error:  # damaged files make Pillow's decoders raise errors of almost any type
+    except Exception as error:
         raise BadImageError(f"{name}: {_reason(source, error)}") from error
+
+
+def format_of(data: bytes) -> str:
+    """The one of `FORMATS` that an image file's bytes are in.
+
+    Raises:
+        BadImageError: for anything else.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return str(image.format)
+    except Exception as error:
+        raise BadImageError(_reason(data, error)) from error
+
+
+def _decoded(source: Union[str, Path, BinaryIO], max_pixels: Optional[int]) -> Image.Image:
+    with _no_truncated_images(), Image.open(source, formats=FORMATS) as image:
+        _refuse_bomb(image, max_pixels)
+        image.load()
+        return _to_rgb(_upright(image), image.format)
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def _png_without_side_data(source: Union[str, Path, BinaryIO]) -> Optional[bytes]:
+    """A PNG's pixels and what else is seen of it, without comments, colour profile and the like; None for other files.
+
+    Pillow refuses files whose side data is broken or unpacks to more than a megabyte, though their pixels are whole.
+    """
+    if isinstance(source, (str, Path)):
+        data = Path(source).read_bytes() if os.path.isfile(source) else b""
+    else:
+        source.seek(0)
+        data = source.read()
+    if not data.startswith(_PNG):
+        return None
+    kept, start = [_PNG], len(_PNG)
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")  # length, kind, content, sum
+        kind = data[start + 4 : start + 8]
+        is_whole = zlib.crc32(data[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big")
+        if kind[:1].isupper() or kind == b"tRNS" or (kind == b"eXIf" and is_whole):  # an upper case letter: critical
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
 
 
 @contextlib.contextmanager
@@ -99,13 +155,13 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
-def _reason(source, error: Exception) -> str:
+def _reason(source: ImageSource, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, UnidentifiedImageError):
         if isinstance(source, (str, Path)) and os.path.getsize(source) == 0:
             return "the file is empty (0 bytes)"
-        return "not an image of a format that Pillow reads"
+        return f"not an image of a format that is read ({', '.join(FORMATS)})"
     if isinstance(error, Image.DecompressionBombError):
         return f"refused as a decompression bomb: {error}"
-    return f"not readable: {error or type(error).__name__}"
+    return f"not readable: {str(error) or type(error).__name__}"

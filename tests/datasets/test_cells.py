@@ -69,9 +69,7 @@ def test_lists_of_numbers():
     "cell", ["['it's red', 'blue']", "['red' 'dark red', 'blue']", "['red' ... 'blue']", "['red, 'blue']"]
 )
 def test_what_begins_as_a_list_and_cannot_be_told_is_refused(cell):
-    with pytest.raises(
-        ValueError, match="answer: it begins as a list does, but cannot be read as one; write it as"
-    ):
+    with pytest.raises(ValueError, match="answer: it begins as a list does, but cannot be read as one; write it as"):
         read_texts([cell], "answer")
 
 

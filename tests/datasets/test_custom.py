@@ -474,6 +474,24 @@ def test_missing_images_are_counted_before_training(vqa, write_csv):
     assert "gone11.jpg" in found and "gone12.jpg" not in found and "… and 28 more" in found
 
 
+def test_names_of_50_kb_are_not_printed(vqa, write_csv):
+    found = problems(vqa(write_csv("qa.csv", [{**row, "image": "x" * 50_000} for row in ROWS])))
+    assert "5 × image not found" in found and len(found) < 5_000
+
+
+def test_a_path_out_of_the_folder_takes_a_key(vqa, write_csv, photos):
+    (photos.parent / "secret").mkdir()
+    shutil.copy(photos / "chelsea.png", photos.parent / "secret" / "s.png")
+    path = write_csv("qa.csv", [{**ROWS[0], "image": "../secret/s.png"}])
+    found = problems(vqa(path))
+    assert "(1 × image outside its folder)" in found and "set build_info.images.allow_outside: true" in found
+    section = vqa(path)
+    section.build_info.images.allow_outside = True
+    assert len(build(section)["train"]) == 1
+    section.build_info.images.allow_outside = "yes"
+    assert "build_info.images.allow_outside: expected true or false, got 'yes'" in problems(section)
+
+
 BAD = {
     "empty question": {"question": "  "},
     "question without a word": {"question": "?!"},

@@ -1,10 +1,11 @@
 """Images found by the names that annotation files give them."""
 
 import os
+import unicodedata
 
 import pytest
 
-from lavis_kvmod.datasets.image_folders import ImageFolders, MissingImageError
+from lavis_kvmod.datasets.image_folders import ImageFolders, MissingImageError, OutsideImageError
 from lavis_kvmod.datasets.images import BadImageError
 
 
@@ -64,6 +65,66 @@ def test_a_bare_name_that_two_files_have_names_both(tree):
     tree("y.jpg", "y.png")
     with pytest.raises(BadImageError, match="y: 2 files fit"):
         ImageFolders(root).find("y")
+
+
+@pytest.mark.parametrize("here, there", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_within_their_letters_or_apart(tree, here, there):
+    """A Mac's archive has them apart: the same name to whoever reads it."""
+    name = "Größe/café-1.jpg"
+    root = tree(unicodedata.normalize(there, name))
+    folders = ImageFolders(root)
+    for written in (name, "café-1.jpg", "café-1", "Größe/café-1"):
+        path = folders.find(unicodedata.normalize(here, written))
+        assert os.path.isfile(path) and folders.name_of(path) == unicodedata.normalize("NFC", name)
+
+
+def test_two_files_that_only_their_normal_form_tells_apart(tree):
+    both = [unicodedata.normalize(form, "é.jpg") for form in ("NFC", "NFD")]
+    folders = ImageFolders(tree(*both))
+    assert [os.path.basename(folders.find(name)) for name in both] == both
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("a/deep/CAT.png", "; is a/deep/cat.PNG meant?"),
+        ("Cat", "; is a/deep/cat.PNG meant?"),
+        ("cat.jpeg", "; is a/deep/cat.PNG meant?"),
+        ("images/top.jpg", "; is top.jpg meant?"),
+        ("C:\\photos\\top.jpg", "; is top.jpg meant?"),
+        (
+            "https://example.org/x/top.jpg?size=2",
+            "; images are read from folders, not from the net; is top.jpg meant?",
+        ),
+        ("images/TWICE.jpg", "; is one of 2 files meant, such as b/twice.jpg?"),
+        ("dog.jpg", ""),
+    ],
+)
+def test_a_name_that_nearly_fits_says_which_file_it_may_be(tree, name, hint):
+    root = tree("top.jpg", "a/deep/cat.PNG", "b/twice.jpg", "c/twice.jpg")
+    with pytest.raises(MissingImageError) as told:
+        ImageFolders(root).find(name)
+    assert str(told.value) == f"{name}: no such image below {root}{hint}"
+
+
+def test_a_name_without_end_is_shown_without_its_middle(tree):
+    folders = ImageFolders(tree("a.jpg"))
+    for name in ("x" * 50_000, "/" + "x" * 50_000):
+        with pytest.raises(MissingImageError) as told:
+            folders.find(name)
+        assert len(str(told.value)) < 400
+
+
+def test_a_name_does_not_lead_out_of_the_folder(tree):
+    root = tree("a.jpg")
+    tree("s.png", root="secret")
+    os.symlink(root.parent / "secret", root / "linked")
+    for name in ("../secret/s.png", "x/../../secret/s.png", "..\\secret\\s.png"):
+        with pytest.raises(OutsideImageError, match="s.png: leads out of .*build_info.images.allow_outside: true"):
+            ImageFolders(root).find(name)
+        assert os.path.samefile(ImageFolders(root, allow_outside=True).find(name), root.parent / "secret/s.png")
+    assert ImageFolders(root).find("x/../a.jpg") == str(root / "a.jpg")
+    assert ImageFolders(root).find("linked/s.png") == str(root / "linked/s.png")  # a link was put there on purpose
 
 
 def test_several_folders(tree, tmp_path):

@@ -1,6 +1,7 @@
 """`read_image` on every kind of file that users have."""
 
 import io
+import os
 import pickle
 import struct
 import zlib
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image, ImageFile
 from skimage import data
 
-from lavis_kvmod.datasets.images import BadImageError, read_image
+from lavis_kvmod.datasets.images import BadImageError, format_of, read_image
 
 CAT = Image.fromarray(data.chelsea())  # 451 x 300, a photograph
 
@@ -160,8 +161,8 @@ def test_a_single_pixel(tmp_path):
     "content, reason",
     [
         (b"", r"the file is empty \(0 bytes\)"),
-        (b"\x00" * 500, "not an image of a format that Pillow reads"),
-        (b"<html>404</html>", "not an image of a format that Pillow reads"),
+        (b"\x00" * 500, "not an image of a format that is read"),
+        (b"<html>404</html>", "not an image of a format that is read"),
         (b"\x89PNG\r\n\x1a\n", "not "),
         (b"GIF89a", "not "),
     ],
@@ -182,12 +183,80 @@ def test_missing_files_and_folders(tmp_path):
         read_image(tmp_path)
 
 
+def chunk(kind, content, wrong=0):
+    """A piece of a PNG; ``wrong`` spoils its check sum."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content) ^ wrong)
+
+
+SIDE_DATA = {
+    "a profile of 1.2 MB": chunk(b"iCCP", b"p\0\0" + zlib.compress(os.urandom(1_200_000))),
+    "a text of 3 MB": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 3_000_000)),
+    "a wrong sum in a comment": chunk(b"tEXt", b"Comment\0a", wrong=1),
+    "a time of two bytes": chunk(b"tIME", b"ab", wrong=1),
+    "a broken orientation": chunk(b"eXIf", b"MM\0*", wrong=1),
+}
+
+
+@pytest.mark.parametrize("kind", SIDE_DATA)
+@pytest.mark.parametrize("at_end", [False, True])
+def test_broken_side_data_costs_no_pixels(tmp_path, kind, at_end):
+    whole = file(tmp_path, CAT, "cat.png").read_bytes()
+    place = -12 if at_end else 33  # before the end mark, or behind the header
+    spoilt = whole[:place] + SIDE_DATA[kind] + whole[place:]
+    assert read_image(spoilt).tobytes() == CAT.tobytes()
+    (tmp_path / "spoilt.png").write_bytes(spoilt)
+    assert read_image(tmp_path / "spoilt.png").tobytes() == CAT.tobytes()
+
+
+@pytest.mark.parametrize("kind", SIDE_DATA)
+def test_truncated_pixels_are_refused_whatever_stands_beside_them(tmp_path, kind):
+    whole = file(tmp_path, CAT, "cat.png").read_bytes()
+    spoilt = (whole[:33] + SIDE_DATA[kind] + whole[33:])[: len(SIDE_DATA[kind]) + len(whole) // 2]
+    with pytest.raises(BadImageError):
+        read_image(spoilt)
+    wrong_pixels = bytearray(whole)
+    wrong_pixels[len(whole) // 2] ^= 1
+    with pytest.raises(BadImageError):
+        read_image(bytes(wrong_pixels[:33]) + SIDE_DATA[kind] + bytes(wrong_pixels[33:]))
+
+
+def test_what_is_seen_of_a_png_beside_its_pixels_is_kept(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = file(tmp_path, Image.new("L", (2, 1), 7), "turned.png", transparency=7, exif=exif)
+    whole = path.read_bytes()
+    image = read_image(whole[:33] + SIDE_DATA["a text of 3 MB"] + whole[33:])
+    assert image.size == (1, 2) and image.getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n",
+        b"\xc5\xd0\xd3\xc6" + struct.pack("<IIIIIIH", 30, 60, 0, 0, 0, 0, 0xFFFF) + b"%!PS-Adobe-3.0 EPSF-3.0\n" * 3,
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"/* XPM */",
+    ],
+)
+def test_a_format_that_is_a_program_is_not_run(tmp_path, content, monkeypatch):
+    """Pillow goes by the contents: a PostScript file called photo.jpg would start Ghostscript."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("started"))
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    with pytest.raises(BadImageError, match="photo.jpg: not an image of a format that is read .JPEG, PNG, WEBP, "):
+        read_image(path)
+
+
+def test_the_format_is_told_by_the_contents(tmp_path):
+    assert format_of(file(tmp_path, CAT, "cat.webp").read_bytes()) == "WEBP"
+    with pytest.raises(BadImageError, match="not an image of a format that is read"):
+        format_of(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+
+
 def bomb(width, height):
     """A PNG whose header promises pixels that are not there."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy, some_of
 from lavis_kvmod.datasets.cells import said
-from lavis_kvmod.datasets.images import BadImageError, read_image
+from lavis_kvmod.datasets.images import BadImageError, format_of, read_image
 from lavis_kvmod.datasets.seeding import stable_hash
 from lavis_kvmod.datasets.shards.files import ANSWERS, INDEX, Contents, Shard, index_text, read_index, sha256_of
 from lavis_kvmod.datasets.shards.rows import CAPTION, IMAGE_EXTENSIONS, VQA, Kind
@@ -106,10 +106,9 @@ def _extension(path: str, data: bytes) -> str:
     if extension in IMAGE_EXTENSIONS:
         return extension
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            extension = {"jpeg": "jpg"}.get(image.format.lower(), image.format.lower())
-    except Exception as error:  # damaged files make Pillow raise errors of almost any type
-        raise BadDataError(f"{path}: not an image of a format that Pillow reads ({error})") from error
+        extension = {"JPEG": "jpg"}.get(format_of(data), format_of(data).lower())
+    except BadImageError as error:
+        raise BadDataError(f"{path}: {error}") from error
     if extension not in IMAGE_EXTENSIONS:
         raise BadDataError(f"{path}: expected one of the formats {', '.join(IMAGE_EXTENSIONS)}; got {extension}")
     return extension
