@@ -93,6 +93,7 @@ setup(
         "omegaconf",
         "pillow",
         "pycocoevalcap",
+        "pydantic>=2.4,<3",  # LAVIS brings it through spaCy
         "safetensors",
         "timm",  # LAVIS pins the versions of timm, transformers and so of tokenizers
         "tokenizers",

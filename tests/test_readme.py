@@ -57,7 +57,7 @@ def test_the_pages_name_every_command_and_model_type():
 def test_every_key_is_documented():
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     undocumented = {"arch", "load_pretrained", "apply_lemmatizer"}
-    for key in set(ModelSettings.__dataclass_fields__) - undocumented:
+    for key in set(ModelSettings.model_fields) - undocumented:
         assert f"`{key}`" in page, key
 
 

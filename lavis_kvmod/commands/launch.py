@@ -51,7 +51,7 @@ def parse_args(description: str, argv: Optional[Sequence[str]]) -> argparse.Name
     return args
 
 
-def build_runner(cfg: KVModConfig):
+def build_runner(cfg: KVModConfig) -> Any:
     """Task, data sets, model and runner of a checked config, in LAVIS's order."""
     from lavis import tasks
     from lavis.common.registry import registry
@@ -100,7 +100,7 @@ def set_up_logging() -> None:
     hide_deprecations()
 
 
-def run_command(command: Callable[[str, List[str]], object], description: str, argv) -> int:
+def run_command(command: Callable[[str, List[str]], object], description: str, argv: Optional[Sequence[str]]) -> int:
     """Parse, run, and turn what the user can mend into a message without a traceback."""
     args = parse_args(description, argv)
     set_up_logging()

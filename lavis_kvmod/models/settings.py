@@ -1,131 +1,108 @@
 """Every key of the ``model:`` section: its default, its meaning, its check. Each default stands here and only here."""
 
-import difflib
-from dataclasses import dataclass, field, fields
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Literal, Mapping, Optional
 
 from lavis_kvmod.models.language.opt import language_model_weights
 from lavis_kvmod.models.language.text import check_prompt
 from lavis_kvmod.models.vision import auxiliary
 from lavis_kvmod.models.vision.encoders import VISION_ENCODERS, vision_weights
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB
+from lavis_kvmod.system.schema import Settings, SettingsError, key, not_known
 from lavis_kvmod.weights.finding import WeightFile
 
 PREFIX_GATES = ("none", "tanh")
-PREFIX_SHARING = ("shared", "per_layer")
 ANSWER_LOSSES = ("sample", "all")
-PRECISIONS = ("fp16", "bf16", "fp32")
+
+ARCH = "blip2_opt_kvmod"
+Precision = Literal["fp16", "bf16", "fp32"]
+_GEOMETRY = "a table of sizes"
 
 
-class SettingsError(ValueError):
-    """Faults in the ``model:`` section, all of them, one a line."""
+class Blip2OPTSettings(Settings):
+    """LAVIS's keys for ``blip2_opt``, with its meanings."""
 
-    def __init__(self, problems: List[str]):
-        self.problems = problems
-        super().__init__("model:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    arch: str = key(ARCH, "the model; LAVIS reads it")
+    model_type: Optional[str] = key(None, "the defaults to start from; `pretrain_opt2.7b` where there is none")
+
+    load_finetuned: bool = key(True, "load `finetuned`, else `pretrained`")
+    finetuned: Optional[str] = key(None, "this checkpoint (LAVIS's or ours; path or URL)")
+    load_pretrained: bool = key(True, "LAVIS's; without `load_finetuned`, `pretrained` alone decides")
+    pretrained: Optional[str] = key(None, "this one; `null` starts the Q-Former from random weights")
+
+    vit_model: str = key("eva_clip_g", "the image encoder: `eva_clip_g`, `clip_L`, `demo`")
+    image_size: int = key(224, "side of the input image in pixels", gt=0)
+    vit_precision: Precision = key("fp16", "storage of the ViT's weights; always fp32 where the ViT is trained")
+    freeze_vit: bool = key(True, "`false` also trains the ViT and `ln_vision`; LAVIS trains `ln_vision` in either case")
+    drop_path_rate: float = key(0.0, "of the ViT", ge=0, lt=1)
+    use_grad_checkpoint: bool = key(
+        False, "compute the ViT's activations again in the backward pass (where it is trained)"
+    )
+
+    num_query_token: int = key(32, "query tokens, and so soft-prompt vectors", gt=0)
+
+    opt_model: str = key("facebook/opt-2.7b", "Hugging Face name, or a local folder")
+    prompt: str = key("", "in front of captions; with `{}`, the frame of a question")
+    max_txt_len: int = key(32, "most tokens of a caption, or of a prompt with its question", gt=0)
+    apply_lemmatizer: bool = key(False, "not supported: lemmatise the answers afterwards")
 
 
-@dataclass
-class ModelSettings:
-    """The ``model:`` section of a LAVIS YAML, for ``arch: blip2_opt_kvmod``.
+class ModelSettings(Blip2OPTSettings):
+    """The ``model:`` section of a LAVIS YAML, for ``arch: blip2_opt_kvmod``: LAVIS's keys, and this package's."""
 
-    The first groups are LAVIS's keys for ``blip2_opt`` with its meanings; the last two are this package's.
-    """
-
-    # which model (LAVIS reads these two itself)
-    arch: str = "blip2_opt_kvmod"
-    model_type: Optional[str] = None
-
-    # checkpoints: `finetuned` if load_finetuned, else `pretrained`; null trains the Q-Former from random weights
-    load_finetuned: bool = True
-    finetuned: Optional[str] = None
-    load_pretrained: bool = True
-    pretrained: Optional[str] = None
-
-    # frozen image encoder
-    vit_model: str = "eva_clip_g"
-    vit_checkpoint: Optional[str] = None  # path or URL; null takes LAVIS's
-    vit_geometry: Dict[str, Any] = field(default_factory=dict)  # overrides, for small models
-    image_size: int = 224
-    drop_path_rate: float = 0.0
-    use_grad_checkpoint: bool = False
-    vit_precision: str = "fp16"
-    freeze_vit: bool = True
-
-    # Q-Former
-    num_query_token: int = 32
-    qformer_geometry: Dict[str, Any] = field(default_factory=dict)  # overrides, for small models
-
-    # frozen language model
-    opt_model: str = "facebook/opt-2.7b"  # Hugging Face name or local folder
-    opt_precision: str = "fp16"
-    opt_grad_checkpoint: bool = False
-    prompt: str = ""
-    max_txt_len: int = 32
-    apply_lemmatizer: bool = False
-
-    # KV modulation
-    kv_modulation: bool = True
-    num_prefix_tokens: int = 8
-    prefix_gate: str = "none"
-    prefix_sharing: str = "shared"
-    aux_encoder: str = "efficientnet-b3"
-    aux_checkpoint: Optional[str] = None  # path or URL; null takes the encoder's ImageNet weights
-    aux_image_size: Optional[int] = None
-
-    # training
-    answer_loss: str = "sample"
-    cache_frozen_features: bool = False
-    feature_cache_gib: float = DEFAULT_GIB  # in each process
+    kv_modulation: bool = key(True, "`false` builds stock BLIP-2 OPT")
+    num_prefix_tokens: int = key(8, "Key/Value positions in front of the visual tokens", gt=0)
+    prefix_gate: Literal["none", "tanh"] = key(
+        "none",
+        "`none`: one softmax over prefix and visual tokens; `tanh`: the prefix's own softmax, added behind tanh(g), "
+        "with g per head and layer, 0 at the start",
+    )
+    prefix_sharing: Literal["shared", "per_layer"] = key(
+        "shared", "`shared`: one prefix for all cross-attention layers; `per_layer`: one each"
+    )
+    aux_encoder: str = key(
+        "efficientnet-b3", "`efficientnet-b0` … `b7`, `efficientnet-lite0`, `timm:NAME`: what the prefix is made from"
+    )
+    aux_checkpoint: Optional[str] = key(None, "path or URL of the encoder's weights; its ImageNet weights by default")
+    aux_image_size: Optional[int] = key(None, "side in pixels it sees (bilinear); as given by default", gt=0)
+    vit_checkpoint: Optional[str] = key(None, "path or URL of the ViT's weights; LAVIS's by default")
+    opt_precision: Precision = key("fp16", "storage of OPT's weights")
+    opt_grad_checkpoint: bool = key(
+        False, "compute OPT's activations again in the backward pass: less memory, more time ([sizes.md](sizes.md))"
+    )
+    answer_loss: Literal["sample", "all"] = key(
+        "sample",
+        "`sample`: one answer a question, drawn by weight (in each epoch anew); `all`: all of them, weighted",
+    )
+    cache_frozen_features: bool = key(
+        False, "remember the frozen encoders' output by `image_key` (small sets without augmentation)"
+    )
+    feature_cache_gib: float = key(
+        DEFAULT_GIB,
+        "how much of it each process keeps: 0.72 MB an image with EVA-CLIP-G in fp16, so 5,900 images; what comes when "
+        "it is full is encoded each time",
+        gt=0,
+    )
+    vit_geometry: Dict[str, Any] = key({}, "overrides of sizes, for small models", expected=_GEOMETRY)
+    qformer_geometry: Dict[str, Any] = key({}, "overrides of sizes, for small models", expected=_GEOMETRY)
 
     @classmethod
-    def from_config(cls, cfg: Mapping) -> "ModelSettings":
+    def from_config(cls, cfg: Mapping[str, Any]) -> "ModelSettings":
         """Translate a ``model:`` section (dict or OmegaConf).
 
         Raises:
             SettingsError: listing every unknown key and every bad value.
         """
-        given = _plain(cfg)
-        known = {f.name for f in fields(cls)}
-        problems = [_unknown_key(key, known) for key in given if key not in known]
-        settings = cls(**{key: value for key, value in given.items() if key in known})
-        problems += settings.problems()
-        if problems:
-            raise SettingsError(problems)
+        unknown = [not_known(str(name), cls.model_fields) for name in cfg if name not in cls.model_fields]
+        settings, problems = cls.check(cfg)
+        if unknown or problems:
+            raise SettingsError([*unknown, *problems])
         return settings
 
-    def problems(self) -> List[str]:
-        """What is wrong with the values, in the user's words; looks at no file."""
+    def conflicts(self) -> List[str]:
+        """What is wrong beyond types and bounds, in the user's words; looks at no file."""
         found = []
-        choices = {
-            "vit_model": tuple(VISION_ENCODERS),
-            "prefix_gate": PREFIX_GATES,
-            "prefix_sharing": PREFIX_SHARING,
-            "answer_loss": ANSWER_LOSSES,
-            "vit_precision": PRECISIONS,
-            "opt_precision": PRECISIONS,
-        }
-        for key, allowed in choices.items():
-            if getattr(self, key) not in allowed:
-                found.append(f"{key}: expected one of {', '.join(allowed)}; got {getattr(self, key)!r}")
-        switches = ["freeze_vit", "kv_modulation", "load_finetuned", "cache_frozen_features"]
-        switches += ["use_grad_checkpoint", "opt_grad_checkpoint"]
-        for key in switches:
-            if not isinstance(getattr(self, key), bool):
-                found.append(f"{key}: expected true or false, got {getattr(self, key)!r}")
-        counts = ["image_size", "num_query_token", "max_txt_len", "num_prefix_tokens"]
-        if self.aux_image_size is not None:
-            counts.append("aux_image_size")
-        for key in counts:
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                found.append(f"{key}: expected a whole number above 0, got {value!r}")
-        limit = self.feature_cache_gib
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
-            found.append(f"feature_cache_gib: expected a number above 0, got {limit!r}")
-        for key in ("vit_geometry", "qformer_geometry"):
-            if not isinstance(getattr(self, key), dict):
-                found.append(f"{key}: expected a table of sizes, got {getattr(self, key)!r}")
+        if self.vit_model not in VISION_ENCODERS:
+            found.append(f"vit_model: expected one of {', '.join(VISION_ENCODERS)}; got {self.vit_model!r}")
         if not auxiliary.is_known(self.aux_encoder):
             found.append(auxiliary.unknown_auxiliary_encoder(self.aux_encoder))
         if self.load_finetuned and not self.finetuned:
@@ -134,32 +111,23 @@ class ModelSettings:
             found.append("cache_frozen_features: needs freeze_vit: true, a trained ViT's features change")
         if self.apply_lemmatizer:
             found.append("apply_lemmatizer: not supported; lemmatise the answers after predict_answers")
-        found += check_prompt("prompt", self.prompt)
-        return found
+        return [*found, *check_prompt("prompt", self.prompt)]
 
     def checkpoint(self) -> Optional[WeightFile]:
         """The BLIP-2 (or our own) checkpoint to load, if one is asked for."""
-        key = "finetuned" if self.load_finetuned else "pretrained"
-        source = getattr(self, key)
-        return WeightFile(f"{key} checkpoint", source, f"model.{key}") if source else None
+        name = "finetuned" if self.load_finetuned else "pretrained"
+        source = getattr(self, name)
+        return WeightFile(f"{name} checkpoint", source, f"model.{name}") if source else None
 
     def weight_files(self) -> List[WeightFile]:
         """All files the model is built from."""
-        files = [vision_weights(self.vit_model, self.vit_checkpoint)]
-        files.append(language_model_weights(self.opt_model))
-        if self.kv_modulation:
-            files.append(auxiliary.auxiliary_weights(self.aux_encoder, self.aux_checkpoint))
-        files.append(self.checkpoint())
+        files = [
+            vision_weights(self.vit_model, self.vit_checkpoint),
+            language_model_weights(self.opt_model),
+            auxiliary.auxiliary_weights(self.aux_encoder, self.aux_checkpoint) if self.kv_modulation else None,
+            self.checkpoint(),
+        ]
         return [file for file in files if file is not None]
 
 
-def _plain(cfg: Mapping) -> Dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(OmegaConf.create(cfg), resolve=True)
-
-
-def _unknown_key(key: str, known) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
-    return f"{key}: unknown key{hint}"
+__all__ = ["ANSWER_LOSSES", "ARCH", "PREFIX_GATES", "ModelSettings", "SettingsError"]

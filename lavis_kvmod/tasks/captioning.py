@@ -11,6 +11,7 @@ from lavis_kvmod.tasks.datasets import BuildsDatasets
 from lavis_kvmod.tasks.evaluation import DatasetEvaluation, Row, plain_id, unscored, with_scores
 from lavis_kvmod.tasks.ground_truth import captions_of
 from lavis_kvmod.tasks.predictions import confidence
+from lavis_kvmod.tasks.settings import CaptioningSettings
 
 
 class KVModCaptionTask(DatasetEvaluation, CaptionTask, BuildsDatasets):
@@ -34,15 +35,15 @@ class KVModCaptionTask(DatasetEvaluation, CaptionTask, BuildsDatasets):
     @classmethod
     def setup_task(cls, cfg) -> "KVModCaptionTask":
         """Build from LAVIS's config, with its recipes' values as defaults."""
-        run = cfg.run_cfg
+        settings = CaptioningSettings.of(cfg.run_cfg)
         return cls(
-            num_beams=run.get("num_beams", 5),
-            max_len=run.get("max_len", 30),
-            min_len=run.get("min_len", 1),
-            evaluate=run.get("evaluate", False),
-            report_metric=run.get("report_metric", True),
-            caption_metrics=run.get("caption_metrics", METRICS),
-            valid_loss=run.get("valid_loss", True),
+            num_beams=settings.num_beams,
+            max_len=settings.max_len,
+            min_len=settings.min_len,
+            evaluate=cfg.run_cfg.get("evaluate", False),
+            report_metric=settings.report_metric,
+            caption_metrics=settings.caption_metrics,
+            valid_loss=settings.valid_loss,
         )
 
     def has_targets(self, samples: Dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from lavis_kvmod.tasks.datasets import BuildsDatasets
 from lavis_kvmod.tasks.evaluation import DatasetEvaluation, Row, plain_id, unscored, with_scores
 from lavis_kvmod.tasks.ground_truth import Truth, official_truth, truth_of
 from lavis_kvmod.tasks.predictions import confidence
+from lavis_kvmod.tasks.settings import VQASettings
 from lavis_kvmod.tasks.vqa_accuracy import Scored, accuracy, cannot_be_matched, is_soft, summarise
 
 # BLIP-2's prompt for VQA (arXiv 2301.12597, appendix; LAVIS main's vqav2_zeroshot_opt_eval.yaml)
@@ -43,17 +44,17 @@ class KVModVQATask(DatasetEvaluation, VQATask, BuildsDatasets):
         """Build from LAVIS's config; answers are generated unless ``inference_method`` says otherwise."""
         run, model = cfg.run_cfg, cfg.model_cfg
         model_prompt = model.get("prompt", None) or ""
-        answer_list = run.get("answer_list", None)
+        settings = VQASettings.of(run)
         return cls(
-            num_beams=run.get("num_beams", 3),
-            max_len=run.get("max_len", 10),
-            min_len=run.get("min_len", 1),
+            num_beams=settings.num_beams,
+            max_len=settings.max_len,
+            min_len=settings.min_len,
             evaluate=run.get("evaluate", False),
-            num_ans_candidates=run.get("num_ans_candidates", 128),
-            inference_method=run.get("inference_method", "generate"),
-            prompt=run.get("prompt", None) or (model_prompt if QUESTION in model_prompt else DEFAULT_PROMPT),
-            candidates=read_answer_list(answer_list) if answer_list else None,
-            valid_loss=run.get("valid_loss", True),
+            num_ans_candidates=settings.num_ans_candidates,
+            inference_method=settings.inference_method,
+            prompt=settings.prompt or (model_prompt if QUESTION in model_prompt else DEFAULT_PROMPT),
+            candidates=read_answer_list(settings.answer_list) if settings.answer_list else None,
+            valid_loss=settings.valid_loss,
         )
 
     def build_datasets(self, cfg) -> Dict[str, Dict[str, Any]]:

@@ -1,0 +1,148 @@
+"""What is wrong with a run file's names, run section, model section and files: lists of problems, for `loading`."""
+
+import difflib
+import logging
+from typing import TYPE_CHECKING, Dict, List, Sequence
+
+import lavis.common.optims  # noqa: F401  (registers the learning-rate schedules)
+import torch
+from lavis.common.registry import registry
+from omegaconf import DictConfig, OmegaConf
+
+from lavis_kvmod.config.keys import run_settings, unread_keys
+from lavis_kvmod.models.settings import ARCH, ModelSettings, SettingsError
+from lavis_kvmod.system.precision import amp_problems, cuda_capability
+from lavis_kvmod.system.sharding import sharding_problems
+from lavis_kvmod.weights.finding import WeightFile
+
+if TYPE_CHECKING:
+    from lavis_kvmod.config.loading import KVModConfig
+
+__all__ = ["image_size_problems", "model_problems", "name_problems", "run_problems", "tell_unread_keys"]
+
+SECTIONS = ("model", "datasets", "run", "env", "preprocess")
+
+
+def name_problems(raw: DictConfig) -> List[str]:
+    """Unknown names, and sections that are not there."""
+    problems = [
+        f"{section}: this section is missing"
+        for section in ("model", "datasets", "run")
+        if not OmegaConf.is_dict(raw.get(section))
+    ]
+    problems += [
+        f"{section}: not a section that LAVIS reads; those are {', '.join(SECTIONS)}"
+        for section in map(str, raw)
+        if section not in SECTIONS
+    ]
+    model, datasets, run = (raw.get(section) or OmegaConf.create() for section in ("model", "datasets", "run"))
+    problems += _model_name_problems(model) if model else []
+    for name, section in ((str(name), section) for name, section in datasets.items()):
+        builder = registry.get_builder_class(name)
+        if builder is None:
+            problems.append(_unknown("datasets", name, registry.list_datasets()))
+            continue
+        kind = (section or {}).get("type", "default")
+        if kind not in builder.DATASET_CONFIG_DICT:
+            problems.append(_unknown(f"datasets.{name}.type", kind, list(builder.DATASET_CONFIG_DICT)))
+    named = {
+        "task": (registry.get_task_class, registry.list_tasks),
+        "runner": (registry.get_runner_class, registry.list_runners),
+        "lr_sched": (registry.get_lr_scheduler_class, registry.list_lr_schedulers),
+    }
+    for key, (get, known) in named.items():
+        if key in run and get(run[key]) is None:
+            problems.append(_unknown(f"run.{key}", run[key], known()))
+    return problems
+
+
+def _model_name_problems(model: DictConfig) -> List[str]:
+    arch, model_type = model.get("arch"), model.get("model_type")
+    cls = registry.get_model_class(arch)
+    if cls is None:
+        return [_unknown("model.arch", arch, registry.list_models())]
+    if model_type is None and not hasattr(cls, "default_model_type"):
+        return [f"model.model_type: {arch} needs one of {', '.join(cls.PRETRAINED_MODEL_CONFIG_DICT)}"]
+    if model_type is not None and model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
+        return [_unknown("model.model_type", model_type, list(cls.PRETRAINED_MODEL_CONFIG_DICT))]
+    return []
+
+
+def _unknown(what: str, got: object, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(got), known, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"{what}: {got!r} is not known{hint}; known: {', '.join(sorted(known))}"
+
+
+def run_problems(run: DictConfig, starts: bool) -> List[str]:
+    """What is wrong with the run section: its values, and what they ask of this machine.
+
+    Args:
+        run: the section.
+        starts: whether this process is to run it.
+    """
+    told: Dict[str, None] = {}  # in order, each once: classes may share keys
+    for declared in run_settings(run):
+        told.update(dict.fromkeys(f"run.{problem}" for problem in declared.check(run)[1]))
+    problems = list(told)
+    wrong = {problem.partition(":")[0] for problem in problems}
+    if "run.device" not in wrong:
+        problems += _device_problems(run, check_amp="run.amp" not in wrong)
+    problems += sharding_problems(run, starts)
+    resume = run.get("resume_ckpt_path")
+    if resume and resume != "auto":
+        problem = WeightFile("checkpoint to resume from", str(resume), "run.resume_ckpt_path").problem()
+        problems += [problem] if problem else []
+    return problems
+
+
+def _device_problems(run: DictConfig, check_amp: bool) -> List[str]:
+    try:
+        device_type = torch.device(run.device).type
+    except RuntimeError:
+        return [f"run.device: expected cuda or cpu, got {run.device!r}"]
+    problems = []
+    capability = cuda_capability() if device_type == "cuda" else None
+    if device_type == "cuda" and capability is None:
+        problems.append("run.device: cuda, but this machine (or this PyTorch) has no CUDA; set run.device: cpu")
+    if check_amp:
+        # torch.cuda.is_bf16_supported() also counts emulation, which is slow
+        problems += amp_problems(run.get("amp", False), device_type, capability is None or capability >= (8, 0))
+    return problems
+
+
+def tell_unread_keys(run: DictConfig) -> None:
+    """A warning for each key that nothing reads in this run."""
+    for told in unread_keys(run):
+        logging.warning("%s", told)
+
+
+def model_problems(model: DictConfig) -> List[str]:
+    """What is wrong with the model section, and with the files that it names."""
+    if model.arch != ARCH:
+        return []  # a stock model checks itself
+    try:
+        settings = ModelSettings.from_config(model)
+        files = settings.weight_files()
+    except SettingsError as error:
+        return [f"model.{problem}" for problem in error.problems]
+    except ImportError as error:
+        return [f"model.aux_encoder: {error}"]
+    return [problem for file in files for problem in [file.problem()] if problem]
+
+
+def image_size_problems(cfg: "KVModConfig") -> List[str]:
+    """Image processors that give another size than the model's ViT takes, where they are used."""
+    if cfg.model_cfg.arch != ARCH:
+        return []
+    run, expected = cfg.run_cfg, cfg.model_cfg.get("image_size", ModelSettings.default_of("image_size"))
+    used = {"eval": bool(run.valid_splits or run.test_splits), "train": bool(run.train_splits) and not run.evaluate}
+    problems = []
+    for name, section in cfg.datasets_cfg.items():
+        for mode, processor in (section.get("vis_processor") or {}).items():
+            size = (processor or {}).get("image_size", expected)
+            if used.get(mode) and size != expected:
+                problems.append(
+                    f"datasets.{name}.vis_processor.{mode}.image_size: expected model.image_size {expected}, got {size}"
+                )
+    return problems

@@ -1,0 +1,64 @@
+"""Which declared keys a run file may have: the parts' own declarations, by section."""
+
+import difflib
+from typing import Any, Dict, List, Mapping, NamedTuple, Type
+
+from lavis_kvmod.models.settings import Blip2OPTSettings, ModelSettings
+from lavis_kvmod.runners.settings import NOT_READ, RunnerSettings, RunSettings
+from lavis_kvmod.system.schema import Settings
+from lavis_kvmod.tasks.settings import TASK_SETTINGS, CaptioningSettings, GenerationSettings, VQASettings
+
+__all__ = ["TABLES", "Table", "run_defaults", "run_settings", "unread_keys"]
+
+OUR_RUNNER = "runner_kvmod"
+
+
+class Table(NamedTuple):
+    """The keys of a class, as docs/settings.md shows them: those it declares itself, but for ``hidden`` ones."""
+
+    section: str
+    declared: Type[Settings]
+    hidden: Any = ()
+
+
+# Tables by the name that their place in the page has.
+TABLES: Dict[str, Table] = {
+    "model-lavis": Table("model", Blip2OPTSettings, ("arch", "load_pretrained", "apply_lemmatizer")),
+    "model": Table("model", ModelSettings),
+    "run-lavis": Table("run", RunSettings),
+    "run": Table("run", RunnerSettings),
+    "generation": Table("run", GenerationSettings),
+    "kvmod_vqa": Table("run", VQASettings),
+    "kvmod_captioning": Table("run", CaptioningSettings),
+}
+
+
+def run_settings(run: Mapping[str, Any]) -> List[Type[Settings]]:
+    """The classes whose keys are read in a run: its runner's and its task's (LAVIS's may read what ours do)."""
+    runner = RunnerSettings if run.get("runner") == OUR_RUNNER else RunSettings
+    return [runner, TASK_SETTINGS.get(str(run.get("task")), GenerationSettings)]
+
+
+def run_defaults() -> Dict[str, Any]:
+    """The values of LAVIS's keys where a run file says nothing."""
+    return {key.name: key.default for key in RunSettings.keys() if key.default is not None}
+
+
+def unread_keys(run: Mapping[str, Any]) -> List[str]:
+    """The keys of a run section that nothing reads in this run, with the reason or the key that may be meant."""
+    readers: Dict[str, str] = {name: f"{OUR_RUNNER} alone reads it" for name in RunnerSettings.model_fields}
+    for task, declared in TASK_SETTINGS.items():
+        readers.update({name: f"task {task} alone reads it" for name in declared.model_fields if name not in readers})
+    known = {name for declared in run_settings(run) for name in declared.model_fields}
+    is_ours = run.get("task") in TASK_SETTINGS
+    told = []
+    for name in run:
+        if name in known or (not is_ours and (name in readers or name in NOT_READ)):
+            continue
+        if name in NOT_READ or name in readers:
+            told.append(f"run.{name}: changes nothing here, {NOT_READ.get(name) or readers[name]}")
+            continue
+        close = difflib.get_close_matches(name, [*known, *readers], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        told.append(f"run.{name}: not a key that LAVIS or lavis-kvmod reads{hint}")
+    return told
