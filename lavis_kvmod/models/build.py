@@ -3,8 +3,9 @@
 import logging
 from typing import Any, Dict, NamedTuple, Optional
 
+from lavis_kvmod.models.connectors import CONNECTORS, ConnectorSizes
 from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
-from lavis_kvmod.models.connectors.qformer import QFormer
+from lavis_kvmod.models.connectors.registry import Connector
 from lavis_kvmod.models.language.opt import build_language_model
 from lavis_kvmod.models.settings import ModelSettings
 from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder, build_auxiliary_encoder
@@ -17,14 +18,14 @@ class ImageSide(NamedTuple):
     vision: Vision
     aux_encoder: Optional[AuxiliaryEncoder]
     kv_prefix: Optional[KVPrefixGenerator]
-    qformer: QFormer
+    connector: Connector
 
     def arguments(self, settings: ModelSettings) -> Dict[str, Any]:
         """The arguments of a model's constructor that have to do with images."""
         return dict(
             visual_encoder=self.vision.visual_encoder,
             ln_vision=self.vision.ln_vision,
-            qformer=self.qformer,
+            qformer=self.connector,
             num_query_token=settings.num_query_token,
             kv_prefix=self.kv_prefix,
             aux_encoder=self.aux_encoder,
@@ -36,35 +37,35 @@ class ImageSide(NamedTuple):
         )
 
 
-def build_image_side(settings: ModelSettings, *, load: bool = True, **qformer: Any) -> ImageSide:
-    """Image encoder, auxiliary encoder, prefix generator and Q-Former, as the settings have them.
+def build_image_side(
+    settings: ModelSettings, *, load: bool = True, connector: str = "qformer", vocab_size: Optional[int] = None
+) -> ImageSide:
+    """Image encoder, auxiliary encoder, prefix generator and connector, as the settings have them.
 
     Args:
         load: frozen towers with their weights; without, no file is looked for.
-        qformer: more arguments of the Q-Former, such as ``vocab_size`` for its text side.
+        connector: the name of a registered connector.
+        vocab_size: of the Q-Former's text side; None builds none.
 
     Raises:
         MissingWeightsError, CheckpointError: if the weights cannot be had, or do not fit.
     """
     vision = _build_vision(settings, load)
-    connector = QFormer(
-        encoder_width=vision.visual_encoder.num_features,
-        num_queries=settings.num_query_token,
-        **{**settings.qformer_geometry, **qformer},
-    )
+    sizes = ConnectorSizes(vision.width, settings.num_query_token, vocab_size)
+    made = CONNECTORS[connector](settings, sizes)
     if not settings.kv_modulation:
-        return ImageSide(vision, None, None, connector)
+        return ImageSide(vision, None, None, made)
     aux_encoder = build_auxiliary_encoder(
         settings.aux_encoder, settings.aux_checkpoint, settings.aux_image_size, load=load
     )
     kv_prefix = KVPrefixGenerator(
         feature_dim=aux_encoder.feature_dim,
-        hidden_size=connector.hidden_size,
+        hidden_size=made.hidden_size,
         num_prefix_tokens=settings.num_prefix_tokens,
-        num_heads=connector.num_attention_heads,
-        num_layers=connector.num_cross_attention_layers if settings.prefix_sharing == "per_layer" else None,
+        num_heads=made.num_attention_heads,
+        num_layers=made.num_cross_attention_layers if settings.prefix_sharing == "per_layer" else None,
     )
-    return ImageSide(vision, aux_encoder, kv_prefix, connector)
+    return ImageSide(vision, aux_encoder, kv_prefix, made)
 
 
 def _build_vision(settings: ModelSettings, load: bool) -> Vision:
@@ -88,13 +89,13 @@ def _build_vision(settings: ModelSettings, load: bool) -> Vision:
     )
 
 
-def opt_arguments(settings: ModelSettings, *, load: bool = True) -> Dict[str, Any]:
+def opt_arguments(settings: ModelSettings, *, load: bool = True, connector: str = "qformer") -> Dict[str, Any]:
     """The arguments of `Blip2OPTKVMod`: the image side, OPT behind it, and what they are to do.
 
     Raises:
         MissingWeightsError, CheckpointError: as `build_image_side`.
     """
-    image_side = build_image_side(settings, load=load)
+    image_side = build_image_side(settings, load=load, connector=connector)
     opt_model, opt_tokenizer = build_language_model(
         settings.opt_model,
         precision=settings.opt_precision,

@@ -1,7 +1,7 @@
 """Gradient checkpointing of a stack of layers: memory for time (arXiv 1604.06174)."""
 
 from functools import partial
-from typing import Callable, Iterable
+from typing import Any, Callable, Iterable
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ def recompute_in_backward(layers: Iterable[nn.Module]) -> None:
         layer.forward = partial(_recomputed, layer.forward)
 
 
-def _recomputed(forward: Callable, *args, **kwargs):
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lavis_kvmod.models.connectors.attention import attend_with
 from lavis_kvmod.models.connectors.kv_prefix import KeyProjection, KVPrefix
+from lavis_kvmod.models.connectors.registry import ConnectorSizes, register_connector
 
 KeyValue = Tuple[Tensor, Tensor]
 
@@ -205,6 +206,8 @@ class QFormerLayer(nn.Module):
 class QFormerEmbeddings(nn.Module):
     """Query tokens as they are, in front of embedded text; one LayerNorm over both."""
 
+    position_ids: Tensor
+
     def __init__(
         self,
         *,
@@ -317,7 +320,7 @@ class QFormerModel(nn.Module):
             raise ValueError("the Q-Former needs query_embeds, input_ids or both; got neither")
         if input_ids is not None and not hasattr(self.embeddings, "word_embeddings"):
             raise ValueError("this Q-Former has no text side: build it with vocab_size to pass input_ids")
-        num_cross = sum(layer.has_cross_attention for layer in self.encoder.layer)
+        num_cross = sum(bool(layer.has_cross_attention) for layer in self.encoder.layer)
         if prefix is not None and len(prefix) != num_cross:
             raise ValueError(f"expected one prefix for each of {num_cross} cross-attention layers, got {len(prefix)}")
 
@@ -439,6 +442,17 @@ class QFormer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> QFormerOutput:
         """See `QFormerModel.forward`."""
         return self.bert(*args, **kwargs)
+
+
+@register_connector("qformer")
+def build_qformer(settings: Any, sizes: ConnectorSizes) -> QFormer:
+    """The Q-Former of a ``model:`` section."""
+    return QFormer(
+        encoder_width=sizes.visual_width,
+        num_queries=sizes.num_queries,
+        vocab_size=sizes.vocab_size,
+        **settings.qformer_geometry,
+    )
 
 
 def _init_as_bert(module: nn.Module) -> None:

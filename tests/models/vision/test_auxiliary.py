@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_listed(tmp_path, b3):
 
 def test_unknown_encoder_names_the_known():
     for name in ("efficientnet-b9", "timm:no_such_net", "resnet50"):
-        with pytest.raises(ValueError, match=r"efficientnet-b0 … efficientnet-b7.*timm:NAME.*got"):
+        with pytest.raises(ValueError, match=r"efficientnet-b0, .*efficientnet-b7.*timm:NAME.*got"):
             build_auxiliary_encoder(name)
 
 

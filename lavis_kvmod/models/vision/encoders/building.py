@@ -1,14 +1,10 @@
-"""The image encoder: LAVIS's ViTs (EVA-CLIP-G, CLIP-L) and the demo's, with their weights from local files.
+"""An image encoder with its weights, from local files.
 
 LAVIS's loaders download from fixed addresses; here every source is a key of the config, and nothing is fetched that
 a checkpoint would replace.
 """
 
-import operator
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Mapping, NamedTuple, Optional
+from typing import Any, Dict, Mapping, NamedTuple, Optional, cast
 
 from lavis.models import clip_vit, eva_vit
 from lavis.models.blip2_models.blip2 import LayerNorm
@@ -16,68 +12,11 @@ from torch import Tensor, nn
 
 from lavis_kvmod.models.empty import empty_weights
 from lavis_kvmod.models.grad_checkpoint import recompute_in_backward
+from lavis_kvmod.models.vision.encoders.registry import VISION_ENCODERS
 from lavis_kvmod.system.precision import DTYPES
 from lavis_kvmod.weights.files import CheckpointError
 from lavis_kvmod.weights.finding import WeightFile
 from lavis_kvmod.weights.reading import load_weights, read_weights
-
-BLIP2_FILES = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
-
-
-@dataclass(frozen=True)
-class VisionEncoder:
-    """How one ``vit_model`` is built and where its weights are."""
-
-    build: Callable[..., nn.Module]
-    blocks: Callable[[nn.Module], Iterable[nn.Module]] = operator.attrgetter("blocks")
-    url: Optional[str] = None
-    build_weights: Optional[Callable[[], Path]] = None  # instead of an address
-
-
-def _eva_clip_g(image_size: int, drop_path_rate: float, **geometry) -> nn.Module:
-    """EVA-CLIP-G without its last block (the geometry of LAVIS's ``create_eva_vit_g``)."""
-    defaults = dict(patch_size=14, embed_dim=1408, depth=39, num_heads=16, mlp_ratio=4.3637)
-    return eva_vit.VisionTransformer(
-        img_size=image_size,
-        use_mean_pooling=False,
-        qkv_bias=True,
-        drop_path_rate=drop_path_rate,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        **{**defaults, **geometry},
-    )
-
-
-def _clip_l(image_size: int, drop_path_rate: float, **geometry):
-    """CLIP ViT-L/14 without its last two blocks (the geometry of LAVIS's ``create_clip_vit_L``)."""
-    defaults = dict(patch_size=14, width=1024, layers=22, heads=16)
-    return clip_vit.VisionTransformer(
-        input_resolution=image_size,
-        use_grad_checkpointing=False,
-        **{**defaults, **geometry},
-    )
-
-
-def _demo_vit(image_size: int, drop_path_rate: float, **geometry):
-    from lavis_kvmod.demo.vision import build_vision_encoder
-
-    return build_vision_encoder(image_size, **geometry)
-
-
-def _demo_vision_weights() -> Path:
-    from lavis_kvmod.demo import parts
-
-    return parts.vision_weights()
-
-
-VISION_ENCODERS = {
-    "eva_clip_g": VisionEncoder(_eva_clip_g, url=f"{BLIP2_FILES}/eva_vit_g.pth"),
-    "clip_L": VisionEncoder(
-        _clip_l,
-        blocks=operator.attrgetter("transformer.resblocks"),
-        url=f"{BLIP2_FILES}/clip_vit_L.pth",
-    ),
-    "demo": VisionEncoder(_demo_vit, build_weights=_demo_vision_weights),
-}
 
 
 def vision_weights(name: str, checkpoint: Optional[str] = None) -> WeightFile:
@@ -93,8 +32,13 @@ def vision_weights(name: str, checkpoint: Optional[str] = None) -> WeightFile:
 
 def interpolate_positions(vit: nn.Module, state: Dict[str, Tensor]) -> None:
     """Bring the position embedding in ``state`` (the ViT's names), if there is one, to the image size of ``vit``."""
-    module = clip_vit if isinstance(vit, clip_vit.VisionTransformer) else eva_vit
-    module.interpolate_pos_embed(vit, state)
+    own = getattr(vit, "interpolate_positions", None)
+    if own is not None:
+        own(state)
+    elif isinstance(vit, clip_vit.VisionTransformer):
+        clip_vit.interpolate_pos_embed(vit, state)
+    elif isinstance(vit, eva_vit.VisionTransformer):
+        eva_vit.interpolate_pos_embed(vit, state)
 
 
 class Vision(NamedTuple):
@@ -103,6 +47,11 @@ class Vision(NamedTuple):
     visual_encoder: nn.Module
     ln_vision: LayerNorm
     ln_vision_loaded: bool
+
+    @property
+    def width(self) -> int:
+        """Of the visual tokens."""
+        return int(cast(Any, self.visual_encoder).num_features)
 
 
 def build_vision_encoder(
@@ -113,7 +62,7 @@ def build_vision_encoder(
     drop_path_rate: float = 0.0,
     use_grad_checkpoint: bool = False,
     precision: str = "fp16",
-    geometry: Mapping[str, Any] = (),
+    geometry: Optional[Mapping[str, Any]] = None,
     load: bool = True,
 ) -> Vision:
     """The ViT with its weights, and ``ln_vision``.
@@ -128,7 +77,7 @@ def build_vision_encoder(
     """
     encoder = VISION_ENCODERS[name]
     with empty_weights():
-        vit = encoder.build(image_size, drop_path_rate, **dict(geometry))
+        vit = encoder.build(image_size, drop_path_rate, **(geometry or {}))
     if use_grad_checkpoint:
         recompute_in_backward(encoder.blocks(vit))
     for module in vit.modules():
