@@ -39,7 +39,9 @@ def test_run_files_exist(path):
 def test_source_files_exist(path):
     """Named from the package or from the root, or LAVIS's; those that a walk-through makes are the reader's."""
     bases = (ROOT, ROOT / "lavis_kvmod", *([LAVIS.parent] if path.startswith("lavis/") else []))
-    assert path in ("ask.py", "make_folder.py") or any((base / path).is_file() for base in bases)
+    assert path in ("ask.py", "make_folder.py", "my_parts.py", "my_train.py") or any(
+        (base / path).is_file() for base in bases
+    )
 
 
 @pytest.mark.parametrize("module", found(r"python -m (lavis\.\w+)"))

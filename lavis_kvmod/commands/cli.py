@@ -11,6 +11,7 @@ from lavis_kvmod.system.quiet import hide_deprecations
 _COMMANDS = {
     "doctor": ("lavis_kvmod.commands.doctor", "what is installed and missing, and whether a run fits this machine"),
     "settings": ("lavis_kvmod.commands.settings", "every key of a run file: default, what it may be, meaning"),
+    "list": ("lavis_kvmod.commands.list", "what a run file can name: models, encoders, tasks, data sets, run files"),
     "params": ("lavis_kvmod.commands.params", "count a model's parameters and bytes by part, without loading it"),
     "memory": ("lavis_kvmod.commands.memory", "the GPU memory a run takes, by batch size, computed without a GPU"),
     "convert": ("lavis_kvmod.commands.convert", "write a checkpoint in another layout: LAVIS's or Hugging Face's"),

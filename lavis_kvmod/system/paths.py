@@ -3,6 +3,7 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import List
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CACHE = "LAVIS_KVMOD_CACHE"
@@ -46,7 +47,7 @@ def resolve_config(path: str) -> Path:
                 return root.joinpath(*inside)
     raise FileNotFoundError(
         f"expected a YAML file, got {path!r}, which is neither in {Path.cwd()} nor shipped; "
-        f"shipped are {', '.join(_shipped_run_files()) or 'none'}"
+        f"shipped are {', '.join(run_files()) or 'none'}"
     )
 
 
@@ -75,7 +76,8 @@ def _lavis_roots():
     return [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
 
 
-def _shipped_run_files():
+def run_files() -> List[str]:
+    """The run files that are shipped, as ``--cfg-path`` takes them."""
     return sorted(
         {file.relative_to(root).as_posix() for root in _roots() for file in (root / "projects").rglob("*.yaml")}
     )

@@ -16,7 +16,7 @@ def _weights() -> Path:
 
 @register_image_encoder("demo", build_weights=_weights)
 def demo_vit(image_size: int, drop_path_rate: float, **geometry: Any) -> nn.Module:
-    """See `lavis_kvmod.demo.vision`."""
+    """A small ViT that is blind to colour (`lavis_kvmod.demo.vision`)."""
     from lavis_kvmod.demo.vision import build_vision_encoder
 
     return build_vision_encoder(image_size, **geometry)
