@@ -4,7 +4,7 @@ from typing import Any, Dict, List, Literal, Mapping, Optional
 
 from lavis_kvmod.models.language.opt import language_model_weights
 from lavis_kvmod.models.language.text import check_prompt
-from lavis_kvmod.models.vision import auxiliary
+from lavis_kvmod.models.vision.auxiliary import AUXILIARY_ENCODERS, auxiliary_weights
 from lavis_kvmod.models.vision.encoders import VISION_ENCODERS, vision_weights
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB
 from lavis_kvmod.system.schema import Settings, SettingsError, key, not_known
@@ -102,9 +102,9 @@ class ModelSettings(Blip2OPTSettings):
         """What is wrong beyond types and bounds, in the user's words; looks at no file."""
         found = []
         if self.vit_model not in VISION_ENCODERS:
-            found.append(f"vit_model: expected one of {', '.join(VISION_ENCODERS)}; got {self.vit_model!r}")
-        if not auxiliary.is_known(self.aux_encoder):
-            found.append(auxiliary.unknown_auxiliary_encoder(self.aux_encoder))
+            found.append(VISION_ENCODERS.unknown(self.vit_model))
+        if self.aux_encoder not in AUXILIARY_ENCODERS:
+            found.append(AUXILIARY_ENCODERS.unknown(self.aux_encoder))
         if self.load_finetuned and not self.finetuned:
             found.append("finetuned: load_finetuned is true, so a checkpoint is needed here; got none")
         if self.cache_frozen_features and not self.freeze_vit:
@@ -124,7 +124,7 @@ class ModelSettings(Blip2OPTSettings):
         files = [
             vision_weights(self.vit_model, self.vit_checkpoint),
             language_model_weights(self.opt_model),
-            auxiliary.auxiliary_weights(self.aux_encoder, self.aux_checkpoint) if self.kv_modulation else None,
+            auxiliary_weights(self.aux_encoder, self.aux_checkpoint) if self.kv_modulation else None,
             self.checkpoint(),
         ]
         return [file for file in files if file is not None]

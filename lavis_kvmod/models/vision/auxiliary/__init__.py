@@ -27,21 +27,9 @@ __all__ = [
     "build_auxiliary_encoder",
     "efficientnet",
     "efficientnet_lite",
-    "is_known",
     "register_auxiliary_encoder",
     "timm_family",
-    "unknown_auxiliary_encoder",
 ]
-
-
-def is_known(name: str) -> bool:
-    """Whether ``aux_encoder: name`` can be built."""
-    return name in AUXILIARY_ENCODERS
-
-
-def unknown_auxiliary_encoder(name: str) -> str:
-    """The message for an unknown ``aux_encoder``, naming the known ones."""
-    return AUXILIARY_ENCODERS.unknown(name)
 
 
 def auxiliary_weights(name: str, checkpoint: Optional[str] = None) -> WeightFile:
