@@ -120,7 +120,7 @@ def contact_sheet(predictions: Sequence[Dict[str, Any]], columns: int = 4) -> Im
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
     for i, scan in enumerate(scans):
         x, y = (i % columns) * cell_width + 12, (i // columns) * cell_height + 12
-        sheet.paste(digits.render(scan).resize((picture, picture), Image.NEAREST), (x, y))
+        sheet.paste(digits.render(scan).resize((picture, picture), Image.Resampling.NEAREST), (x, y))
         for n, question in enumerate(digits.questions(scan)):
             answer = answered[scan.index][question.type]
             right = answer == question.answer

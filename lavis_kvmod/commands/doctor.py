@@ -7,7 +7,7 @@ import logging
 import subprocess
 import sys
 import warnings
-from typing import Callable, List, Sequence
+from typing import Callable, List, Optional, Sequence, Tuple
 
 from lavis_kvmod import __version__, disabled
 from lavis_kvmod.doctor import machine, versions
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
     return 1
 
 
-def examine(cfg_path=None, options: Sequence[str] = ()) -> List[Section]:
+def examine(cfg_path: Optional[str] = None, options: Sequence[str] = ()) -> List[Section]:
     """Look at everything; what fails while it is looked at is a finding too."""
     sections = [Section(f"lavis-kvmod {__version__}", _guarded(_installation))]
     lavis_works = "lavis" in sys.modules and not stops(sections)
@@ -74,7 +74,7 @@ def _installation() -> List[Finding]:
     return [*found, plugin]
 
 
-def _import_lavis():
+def _import_lavis() -> Tuple[Optional[BaseException], str, List[str]]:
     """Import LAVIS quietly: the error or None, what it wrote, and what the hook warned of."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     output = io.StringIO()

@@ -1,9 +1,9 @@
 """``lavis-kvmod memory``: the GPU memory that a run takes, by batch size, computed without a GPU or any weight."""
 
 import argparse
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lavis_kvmod.config.loading import ARCH, KVModConfig, read_config
 from lavis_kvmod.memory.estimate import MemoryEstimate, estimate
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def tables(cfg: KVModConfig, batch_sizes=None) -> str:
+def tables(cfg: KVModConfig, batch_sizes: Optional[List[int]] = None) -> str:
     """Markdown tables of training (with and without OPT's gradient checkpointing) and of generating, in GiB."""
     train, evaluate = training_step(cfg.model_cfg, cfg.run_cfg), evaluation_step(cfg.model_cfg, cfg.run_cfg)
     blocks = [
@@ -56,12 +56,13 @@ def tables(cfg: KVModConfig, batch_sizes=None) -> str:
     return "\n\n".join(blocks)
 
 
-def training_table(model_cfg, step: Dict[str, Any], batch_sizes: List[int]) -> str:
+def training_table(model_cfg: DictConfig, step: Dict[str, Any], batch_sizes: List[int]) -> str:
     """One row a batch size, without and with ``opt_grad_checkpoint``."""
     head = ["`opt_grad_checkpoint`", "batch", "weights", "gradients", "AdamW", "activations", "workspace", "total"]
+    plain: Any = OmegaConf.to_container(model_cfg, resolve=True)
     rows = []
     for recompute in (False, True):
-        section = {**OmegaConf.to_container(model_cfg, resolve=True), "opt_grad_checkpoint": recompute}
+        section = {**plain, "opt_grad_checkpoint": recompute}
         for batch_size in batch_sizes:
             found = estimate(section, **{**step, "batch_size": batch_size})
             columns = [_weights(found), found.gradients, found.optimizer, sum(found.activations.values())]
@@ -69,7 +70,7 @@ def training_table(model_cfg, step: Dict[str, Any], batch_sizes: List[int]) -> s
     return table(head, rows, right=range(1, len(head)))
 
 
-def generation_table(model_cfg, step: Dict[str, Any], batch_sizes: List[int]) -> str:
+def generation_table(model_cfg: DictConfig, step: Dict[str, Any], batch_sizes: List[int]) -> str:
     """One row a batch size; without the optimiser, which a training run holds on to while it evaluates."""
     head = ["batch", "weights", "K/V cache", "workspace", "total"]
     rows = []

@@ -53,12 +53,7 @@ def pack(
     chosen = [f"run.{key}_splits=[{','.join(splits) if key == 'train' else ''}]" for key in ("train", "valid", "test")]
     chosen.append("run.evaluate=false")
     cfg = load_config(cfg_path, [*options, *(chosen if splits else [])], data_only=True)
-    names = list(cfg.datasets_cfg)
-    if dataset is None and len(names) != 1:
-        raise BadDataError(f"{cfg_path} has the data sets {', '.join(names)}; say which with --dataset")
-    name = dataset or names[0]
-    if name not in names:
-        raise BadDataError(f"--dataset: {cfg_path} has {', '.join(names)}, got {name!r}")
+    name = _which(dataset, list(cfg.datasets_cfg), cfg_path)
     section = cfg.datasets_cfg[name]
     built = builder_getter(cfg.run_cfg)(name)(section).build_datasets()
     used = splits or [split for key in ("train", "valid", "test") for split in cfg.run_cfg.get(f"{key}_splits") or ()]
@@ -80,6 +75,16 @@ def pack(
         answers = getattr(built[split], "answer_list", None) if kind == VQA else None
         written[split] = Packer(Path(out).expanduser() / split, kind, items, settings, answers).pack()
     return written
+
+
+def _which(dataset: Optional[str], names: Sequence[str], cfg_path: str) -> str:
+    """The data set to pack, of those in the run file."""
+    if dataset is None and len(names) != 1:
+        raise BadDataError(f"{cfg_path} has the data sets {', '.join(names)}; say which with --dataset")
+    name = dataset or names[0]
+    if name not in names:
+        raise BadDataError(f"--dataset: {cfg_path} has {', '.join(names)}, got {name!r}")
+    return name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -152,7 +157,7 @@ def _summary(written: Dict[str, List[Shard]]) -> str:
         images, texts, size = (sum(getattr(s.contents, key) for s in shards) for key in ("images", "texts", "bytes"))
         lines.append(f"{split}: {len(shards)} shards, {images} images with {texts} texts, {size / 1e6:.1f} MB")
     folders = {split: shards[0].path.parent.absolute() for split, shards in written.items()}
-    kind = read_index(next(iter(folders.values())))["kind"]
+    kind = (read_index(next(iter(folders.values()))) or {})["kind"]
     lines += ["", "In a run file:", "", "datasets:", f"  wds_{kind}:", "    build_info:", "      annotations:"]
     for split, folder in folders.items():
         lines += [f"        {split}:", f"          storage: {folder}"]

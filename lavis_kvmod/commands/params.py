@@ -1,6 +1,7 @@
 """``lavis-kvmod params``: what a model consists of, counted without allocating or loading any weight."""
 
 import argparse
+from typing import Any
 
 from lavis_kvmod.config.loading import ARCH, read_config
 from lavis_kvmod.models.blip2_opt_kvmod import Blip2OPTKVMod
@@ -30,7 +31,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model_config(args: argparse.Namespace):
+def _model_config(args: argparse.Namespace) -> Any:
     from omegaconf import OmegaConf
 
     if not args.cfg_path:

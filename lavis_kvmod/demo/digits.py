@@ -148,7 +148,7 @@ def coverage(scan: Scan, size: int = 56) -> np.ndarray:
     """How much of each pixel is ink: (size, size), float32, 0 … 1."""
     levels = np.frombuffer(scan.pixels, np.uint8).reshape(_RESOLUTION, _RESOLUTION)
     scanned = Image.fromarray(levels.astype(np.float32) / _LEVELS)
-    enlarged = np.asarray(scanned.resize((size, size), Image.BICUBIC))
+    enlarged = np.asarray(scanned.resize((size, size), Image.Resampling.BICUBIC))
     return np.clip(enlarged * _INK_GAIN, 0.0, 1.0)
 
 
@@ -160,7 +160,8 @@ def render(scan: Scan, size: int = 56) -> Image.Image:
     """
     rng = np.random.default_rng((_SEED, scan.index, size))
     ink = coverage(scan, size)[..., None]  # (size, size, 1)
-    picture = ink * np.float32(INKS[scan.ink]) + (1 - ink) * np.float32(PAPERS[scan.paper])
+    of_ink, of_paper = (np.array(colour, np.float32) for colour in (INKS[scan.ink], PAPERS[scan.paper]))
+    picture = ink * of_ink + (1 - ink) * of_paper
     grain = rng.normal(size=ink.shape).clip(-_MAX_GRAIN, _MAX_GRAIN)
     rounding = rng.random(picture.shape)
     return Image.fromarray(np.floor(picture + scan.shift + grain + rounding).astype(np.uint8))
@@ -178,8 +179,8 @@ def _all_scans() -> Dict[str, Tuple[Scan, ...]]:
         colours = rng.permutation(np.arange(count) % len(pairs))
         shifts = rng.uniform(-_MAX_SHIFT, _MAX_SHIFT, count)
         scans[split] = tuple(
-            Scan(int(i), int(digits[i]), *pairs[c], float(shift), images[i].tobytes())
-            for i, c, shift in zip(members, colours, shifts)
+            Scan(int(i), int(digits[i]), ink, paper, float(shift), images[i].tobytes())
+            for i, (ink, paper), shift in zip(members, [pairs[c] for c in colours], shifts)
         )
     return scans
 

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple, TypeVar
 
 import torch
 from lavis.models.blip2_models.modeling_opt import OPTForCausalLM
@@ -26,6 +26,8 @@ __all__ = ["PROMPTS", "LanguageRecipe", "accuracy", "opt_config", "save_tokenize
 
 # The demo's recipe uses the first; the others are what else a user may try.
 PROMPTS = ("Question: {} Short answer:", "Question: {} Answer:", "{}")
+
+Item = TypeVar("Item")
 
 # As in OPT's own tokenizer: these ids, and `</s>` for BOS, EOS and unknown alike.
 _SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -229,7 +231,7 @@ def _draw(count: int) -> int:
     return int(torch.randint(count, ()))
 
 
-def _one_of(items: Sequence):
+def _one_of(items: Sequence[Item]) -> Item:
     return items[_draw(len(items))]
 
 

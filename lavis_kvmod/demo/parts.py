@@ -15,7 +15,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import numpy as np
 import torch
@@ -132,7 +132,7 @@ def _part(name: str, recipe: Recipe, seed: int, build: Callable[[Path], Dict[str
     return folder
 
 
-def _build(folder: Path, recipe: Recipe, seed: int, build) -> None:
+def _build(folder: Path, recipe: Recipe, seed: int, build: Callable[[Path], Dict[str, Any]]) -> None:
     # At this level so that it is seen after a mere `load_model` too: what follows takes a minute or two.
     logging.warning("demo: pre-training its %s part, once; it is kept in %s", folder.name, folder)
     made = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
@@ -173,7 +173,7 @@ def _digest(file: Path) -> str:
 
 
 @contextmanager
-def _locked(path: Path, name: str):
+def _locked(path: Path, name: str) -> Iterator[None]:
     lock = FileLock(str(path))
     try:
         lock.acquire(timeout=1)
@@ -187,7 +187,7 @@ def _locked(path: Path, name: str):
 
 
 @contextmanager
-def _own_randomness(seed: int):
+def _own_randomness(seed: int) -> Iterator[None]:
     """Seed the global generators for a build, and leave the caller's as they were."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):

@@ -6,7 +6,7 @@ alone.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Dict, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ __all__ = [
 ]
 
 # Mean and standard deviation of a picture's luminance (0 … 1), roughly those of dark ink on light paper.
+Luminance = Union[float, Tensor]
+
 _LUMINANCE_MEAN = 0.6
 _LUMINANCE_STD = 0.2
 
@@ -41,7 +43,7 @@ class LuminanceVisionTransformer(VisionTransformer):
         """BLIP-normalised image (b, 3, H, W) -> tokens (b, 1 + n, embed_dim), the class token first."""
         return super().forward_features(self.luminance(x))
 
-    def get_intermediate_layers(self, x: Tensor):
+    def get_intermediate_layers(self, x: Tensor) -> List[Tensor]:
         """As `forward_features`, one entry for each block."""
         return super().get_intermediate_layers(self.luminance(x))
 
@@ -71,7 +73,7 @@ class VisionRecipe:
     seed: int = 0
 
 
-def build_vision_encoder(image_size: int = 56, **geometry) -> LuminanceVisionTransformer:
+def build_vision_encoder(image_size: int = 56, **geometry: Any) -> LuminanceVisionTransformer:
     """The demo's ViT without its weights; ``geometry`` overrides `VisionRecipe`'s, such as ``depth=2``.
 
     All else is as in LAVIS's ``create_eva_vit_g``: biases on queries and values, LayerNorm eps 1e-6, no final norm
@@ -206,7 +208,7 @@ def _photometric(ink: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     return ink + torch.randn_like(ink) * 0.02, dark, light
 
 
-def _grey(ink: Tensor, dark=digits.INK_LUMINANCE, light=digits.PAPER_LUMINANCE) -> Tensor:
+def _grey(ink: Tensor, dark: Luminance = digits.INK_LUMINANCE, light: Luminance = digits.PAPER_LUMINANCE) -> Tensor:
     """Ink (b, 1, H, W) as a grey picture, BLIP-normalised: (b, 3, H, W)."""
     picture = (light + (dark - light) * ink) / 255
     return _BLIP.normalize(picture.expand(-1, 3, -1, -1))

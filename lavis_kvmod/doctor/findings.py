@@ -47,5 +47,12 @@ def render(sections: Iterable[Section], columns: int = 120) -> str:
 
 def _wrapped(start: str, text: str, columns: int) -> List[str]:
     rest = " " * len(start)
-    kept_whole = dict(break_long_words=False, break_on_hyphens=False)  # paths and commands are there to be copied
-    return textwrap.wrap(text, columns, initial_indent=start, subsequent_indent=rest, **kept_whole) or [start]
+    lines = textwrap.wrap(
+        text,
+        columns,
+        initial_indent=start,
+        subsequent_indent=rest,
+        break_long_words=False,  # paths and commands are there to be copied
+        break_on_hyphens=False,
+    )
+    return lines or [start]

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from lavis_kvmod.doctor.findings import NOTE, OK, WARN, Finding
 
@@ -60,7 +60,7 @@ def look() -> Machine:
         for i in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(i)
             gpus.append(GPU(torch.cuda.get_device_name(i), total, free, torch.cuda.get_device_capability(i)))
-    total, free = _memory()
+    memory_total, memory_free = _memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         gpus=gpus,
@@ -68,8 +68,8 @@ def look() -> Machine:
         driver=_driver(),
         cores=cores,
         cpu_bf16=cpu_has_bf16(),
-        memory_total=total,
-        memory_free=free,
+        memory_total=memory_total,
+        memory_free=memory_free,
         environment={key: os.environ[key] for key in ("CUDA_VISIBLE_DEVICES",) if key in os.environ},
     )
 
@@ -84,7 +84,7 @@ def _driver() -> Optional[str]:
     return found[1] if found else "installed"
 
 
-def _memory():
+def _memory() -> Tuple[Optional[int], Optional[int]]:
     """Bytes of memory in all and free; a container's limit counts as all there is."""
     total = free = None
     try:

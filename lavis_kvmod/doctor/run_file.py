@@ -5,7 +5,7 @@ import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -48,7 +48,7 @@ def run_file_findings(cfg_path: str, options: Sequence[str], machine: Machine) -
     """All that is to be said of a run file on this machine."""
     with _warnings_logged() as warned:
         try:
-            cfg = load_config(cfg_path, options, starts=False)
+            cfg: Optional[KVModConfig] = load_config(cfg_path, options, starts=False)
             problems: List[str] = []
         except FileNotFoundError as error:
             return [Finding(MISSING, str(error))]
@@ -99,7 +99,7 @@ def _warnings_logged() -> Iterator[List[str]]:
     messages: List[str] = []
 
     class _Keep(logging.Handler):
-        def emit(self, record):
+        def emit(self, record: logging.LogRecord) -> None:
             messages.append(record.getMessage())
 
     logger, handler = logging.getLogger(), _Keep(logging.WARNING)
@@ -120,7 +120,7 @@ def data_findings(sections: DictConfig) -> List[Finding]:
     for name, section in sections.items():
         files = [stored(storage) for storage in _storages(section.get("build_info"))]
         folders = dict.fromkeys(str(file if file.is_dir() else file.parent) for file in files)
-        found.append(Finding(OK, f"data: {name}: {', '.join(folders) or 'comes with the package'}"))
+        found.append(Finding(OK, f"data: {name!s}: {', '.join(folders) or 'comes with the package'}"))
     return found
 
 
@@ -191,7 +191,7 @@ def output_findings(folder: Path, trained: int, keep_last: int) -> List[Finding]
 # ------------------------------------------------------------ memory
 
 
-def _memory(cfg, machine: Machine) -> Tuple[Optional[MemoryEstimate], Optional[MemoryEstimate]]:
+def _memory(cfg: KVModConfig, machine: Machine) -> Tuple[Optional[MemoryEstimate], Optional[MemoryEstimate]]:
     """What training and evaluating take, each None where the run does not do it."""
     run, model = cfg.run_cfg, cfg.model_cfg
     more = _device(cfg, machine)
@@ -200,7 +200,7 @@ def _memory(cfg, machine: Machine) -> Tuple[Optional[MemoryEstimate], Optional[M
     return training, estimate(model, **evaluation_step(model, run), **more) if evaluates else None
 
 
-def _device(cfg, machine: Machine) -> Dict[str, Any]:
+def _device(cfg: KVModConfig, machine: Machine) -> Dict[str, Any]:
     shards = max(len(machine.gpus), 1) if cfg.run_cfg.get("fsdp", False) else 1
     return dict(device=str(cfg.run_cfg.device).split(":")[0], shards=shards)
 
@@ -209,7 +209,7 @@ def storage_findings(settings: ModelSettings, amp: Any, device: str) -> List[Fin
     """Frozen weights in another half precision than the run computes in: autocast's copies of OPT's stay until the
     backward pass has used them."""
     dtype = amp_dtype(amp, str(device).split(":")[0])
-    computes = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype)
+    computes = None if dtype is None else {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     other = [f"model.{key}" for key in ("vit_precision", "opt_precision") if getattr(settings, key) != computes]
     half = [key for key in other if getattr(settings, key[len("model.") :]) != "fp32"]
     if computes is None or not half or not str(device).startswith("cuda"):
@@ -221,7 +221,7 @@ def storage_findings(settings: ModelSettings, amp: Any, device: str) -> List[Fin
 
 
 def memory_findings(
-    cfg,
+    cfg: KVModConfig,
     settings: ModelSettings,
     machine: Machine,
     training: Optional[MemoryEstimate],
@@ -252,7 +252,7 @@ def _parts(found: MemoryEstimate) -> str:
     return f"{gib(found.total)} (weights {gib(kept)}{trained}, the batch {gib(rest)})"
 
 
-def fit_finding(text: str, computed: int, machine: Machine, device: str, step) -> Finding:
+def fit_finding(text: str, computed: int, machine: Machine, device: str, step: Callable[[int], str]) -> Finding:
     """Whether ``computed`` bytes fit the device.
 
     Args:
@@ -280,7 +280,7 @@ def fit_finding(text: str, computed: int, machine: Machine, device: str, step) -
     return Finding(OK, f"{text}, computed; it fits {gpu.name} with {gib(gpu.total)}")
 
 
-def _train_step(cfg, machine: Machine, room: int) -> str:
+def _train_step(cfg: KVModConfig, machine: Machine, room: int) -> str:
     run, model = cfg.run_cfg, cfg.model_cfg
 
     def compute(options: Mapping[str, Any]) -> int:
@@ -297,7 +297,7 @@ def _train_step(cfg, machine: Machine, room: int) -> str:
     return advice(changes, sharded=bool(run.get("fsdp", False)))
 
 
-def _eval_step(cfg, machine: Machine, room: int) -> str:
+def _eval_step(cfg: KVModConfig, machine: Machine, room: int) -> str:
     run, step = cfg.run_cfg, evaluation_step(cfg.model_cfg, cfg.run_cfg)
     size = largest_batch(
         room,

@@ -55,7 +55,7 @@ _IMPORT_REMEDIES = (
 
 def numbers(version: str) -> Numbers:
     """The leading numbers of a version: "2.14.1+cu130" -> (2, 14, 1)."""
-    return tuple(int(part) for part in re.match(r"[\d.]*", version).group().split(".") if part)
+    return tuple(int(part) for part in re.findall(r"^[\d.]*", version)[0].split(".") if part)
 
 
 def installed_versions() -> Dict[str, Optional[str]]:

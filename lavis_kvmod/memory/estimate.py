@@ -11,7 +11,7 @@ Not in it: the CUDA context, workspaces of cuBLAS and cuDNN, and the allocator's
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -92,10 +92,10 @@ def estimate(
         ValueError: for sizes below 1, or texts longer than the language model has positions for.
     """
     target_length = text_length if target_length is None else target_length
-    sizes = dict(batch_size=batch_size, text_length=text_length, target_length=target_length, num_beams=num_beams)
-    for name, size in {**sizes, "new_tokens": new_tokens, "answers": answers, "shards": shards}.items():
-        if size < 1:
-            raise ValueError(f"{name}: expected a whole number above 0, got {size}")
+    size: Dict[str, Any] = dict(batch_size=batch_size, text_length=text_length)
+    training: Dict[str, Any] = dict(target_length=target_length, answers=answers)
+    generating = dict(num_beams=num_beams, new_tokens=new_tokens)
+    _check_sizes(**size, **training, **generating, shards=shards)
     device = torch.device(device).type
     model = _on_device(Blip2OPTKVMod.without_weights(model_cfg), device)
     _check_length(model, text_length + (0 if train else new_tokens))
@@ -105,17 +105,22 @@ def estimate(
     states = ADAMW_STATES * trained if train or optimizer else 0
     weights, gathered = _weights(model, shards)
     if not train:
-        search = dict(batch_size=batch_size, text_length=text_length, num_beams=num_beams, new_tokens=new_tokens)
-        peak, cache = _generate(model, device, dtype, **search)
+        peak, cache = _generate(model, device, dtype, **size, **generating)
         return MemoryEstimate(weights, optimizer=states, kv_cache=cache, workspace=peak - cache + gathered)
-    step = dict(batch_size=batch_size, text_length=text_length, target_length=target_length, answers=answers)
-    kept, forward_peak = _train_step(model, device, dtype, **step)
-    on_cpu, backward_peak = _train_step(model, "cpu", dtype, backward=True, **step)
+    step: Callable[..., Tuple[Dict[str, int], int]] = partial(_train_step, model, dtype=dtype, **size, **training)
+    kept, forward_peak = step(device)
+    on_cpu, backward_peak = step("cpu", backward=True)
     backward = backward_peak - sum(on_cpu.values())
     # AdamW's own temporaries, at a moment when the activations are gone: one copy of the trained parameters.
     update = trained - sum(kept.values())
     workspace = max(forward_peak - sum(kept.values()), backward, update, 0) + gathered
     return MemoryEstimate(weights, gradients=trained, optimizer=states, activations=kept, workspace=workspace)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: expected a whole number above 0, got {size}")
 
 
 # ------------------------------------------------------------ the model, without memory
@@ -157,7 +162,7 @@ def _check_length(model: Blip2OPTKVMod, text_length: int) -> None:
         )
 
 
-def _compute_dtype(model: Blip2OPTKVMod, amp, device: str) -> Optional[torch.dtype]:
+def _compute_dtype(model: Blip2OPTKVMod, amp: Any, device: str) -> Optional[torch.dtype]:
     """The autocast dtype of run and model together, or None: see ``Blip2OPTKVMod.maybe_autocast``."""
     of_run = amp_dtype(amp, device)
     if of_run is not None:
@@ -171,7 +176,15 @@ def _compute_dtype(model: Blip2OPTKVMod, amp, device: str) -> Optional[torch.dty
 
 
 def _train_step(
-    model, device: str, dtype, *, batch_size: int, text_length: int, target_length: int, answers: int, backward=False
+    model: Blip2OPTKVMod,
+    device: str,
+    dtype: Optional[torch.dtype],
+    *,
+    batch_size: int,
+    text_length: int,
+    target_length: int,
+    answers: int,
+    backward: bool = False,
 ) -> Tuple[Dict[str, int], int]:
     """What the forward pass keeps, by part; and the most that was held at once, parameters and gradients aside, in
     the whole step with ``backward``, else in the forward pass."""
@@ -200,7 +213,14 @@ def _train_step(
 
 
 def _generate(
-    model, device: str, dtype, *, batch_size: int, text_length: int, num_beams: int, new_tokens: int
+    model: Blip2OPTKVMod,
+    device: str,
+    dtype: Optional[torch.dtype],
+    *,
+    batch_size: int,
+    text_length: int,
+    num_beams: int,
+    new_tokens: int,
 ) -> Tuple[int, int]:
     """The most that is held at once by the encoders, the prompt's pass or the last token's; and the cache's bytes."""
     rows = batch_size * num_beams
@@ -245,7 +265,7 @@ def _text(rows: int, length: int, device: str) -> TextBatch:
 
 
 @contextmanager
-def _booked(model: Blip2OPTKVMod, device: str):
+def _booked(model: Blip2OPTKVMod, device: str) -> Iterator[Ledger]:
     """A running ledger in which each part books under its own name."""
     ledger = Ledger(device)
     ledger.ignore([*model.parameters(), *model.buffers()])
@@ -264,9 +284,9 @@ def _booked(model: Blip2OPTKVMod, device: str):
             handle.remove()
 
 
-def _enter(ledger: Ledger, name: str, module, args) -> None:
+def _enter(ledger: Ledger, name: str, module: nn.Module, args: Any) -> None:
     ledger.enter(name)
 
 
-def _leave(ledger: Ledger, module, args, output) -> None:
+def _leave(ledger: Ledger, module: nn.Module, args: Any, output: Any) -> None:
     ledger.leave()

@@ -2,7 +2,7 @@
 
 import warnings
 from contextlib import contextmanager, nullcontext
-from typing import Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,9 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 @contextmanager
-def fake_device(model: nn.Module, device: str, num_labels: int = 0, half: Optional[torch.dtype] = None):
+def fake_device(
+    model: nn.Module, device: str, num_labels: int = 0, half: Optional[torch.dtype] = None
+) -> Iterator[None]:
     """Inside, ``model`` lies on ``device`` and new tensors have shape and dtype but no memory.
 
     Args:
@@ -34,7 +36,8 @@ def fake_device(model: nn.Module, device: str, num_labels: int = 0, half: Option
 
 def _replace_by_fakes(model: nn.Module, device: str, half: Optional[torch.dtype]) -> None:
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        tables: List[Dict[str, Any]] = [module._parameters, module._buffers]
+        for tensors in tables:
             for name, old in [item for item in tensors.items() if item[1] is not None]:
                 dtype = half if half is not None and old.dtype in _HALF else old.dtype
                 new = torch.empty(old.shape, dtype=dtype, device=device)
@@ -49,7 +52,7 @@ class _Nonzero(TorchDispatchMode):
         super().__init__()
         self._count = count
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.nonzero.default:
             return args[0].new_empty((self._count, args[0].ndim), dtype=torch.long)
         return func(*args, **(kwargs or {}))
@@ -59,7 +62,7 @@ class _FlashAttention(TorchFunctionMode):
     """The kernel that a GPU takes for ``scaled_dot_product_attention`` without a mask, which keeps no attention map;
     where there is no GPU, PyTorch would take the one that does."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             query, key, value, mask, dropout = args
             if mask is None:
@@ -68,7 +71,7 @@ class _FlashAttention(TorchFunctionMode):
 
 
 @contextmanager
-def autocast(device: str, dtype: Optional[torch.dtype]):
+def autocast(device: str, dtype: Optional[torch.dtype]) -> Iterator[None]:
     """``torch.autocast`` for a device that may not be there (the other then turns itself off); None for none."""
     if dtype is None:
         yield

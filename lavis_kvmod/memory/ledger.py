@@ -2,7 +2,7 @@
 
 import weakref
 from contextlib import contextmanager
-from typing import Collection, Dict, List, NamedTuple
+from typing import Any, Collection, Dict, Iterable, Iterator, List, MutableMapping, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +33,10 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self._device_type = device_type
         self._entries: List[_Entry] = []
-        self._seen = weakref.WeakKeyDictionary()  # storage -> its number
+        self._seen: MutableMapping[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()  # storage -> its number
         self._parts = [ELSEWHERE]
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is not torch.ops.prim.device.default:
             for value in tree_iter(out):
@@ -52,7 +52,7 @@ class Ledger(TorchDispatchMode):
         self._entries.append(_Entry(number, size, self._parts[-1]))
         weakref.finalize(storage, self._entries.append, _Entry(number, -size, self._parts[-1])).atexit = False
 
-    def ignore(self, tensors) -> None:
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Leave these out: they were there before."""
         for tensor in tensors:
             self._seen[tensor.untyped_storage()] = -1
@@ -62,7 +62,7 @@ class Ledger(TorchDispatchMode):
         return self._seen.get(tensor.untyped_storage(), -1)
 
     @contextmanager
-    def of(self, part: str):
+    def of(self, part: str) -> Iterator[None]:
         """Book what is allocated inside under ``part``."""
         self.enter(part)
         try:

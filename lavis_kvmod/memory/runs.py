@@ -95,7 +95,7 @@ def changes_that_fit(
     for recompute in [{"model.opt_grad_checkpoint": True}, {}] if can_recompute else [{}]:
         size = batch_size
         while size:
-            options = dict(recompute)
+            options: Dict[str, Any] = dict(recompute)
             if size != batch_size:
                 options["run.batch_size_train"] = size
                 options["run.accum_grad_iters"] = -(-batch_size * accum_grad_iters // size)

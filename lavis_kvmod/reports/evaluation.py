@@ -6,8 +6,6 @@ import platform
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
-from omegaconf import OmegaConf
-
 from lavis_kvmod._version import __version__
 from lavis_kvmod.reports.examples import choose, thumbnail
 from lavis_kvmod.reports.markdown import escape, table
@@ -45,7 +43,7 @@ class Report(NamedTuple):
     provenance: Mapping[str, Any]
 
 
-def provenance(cfg, cfg_path: str, options: Sequence[str]) -> Dict[str, Any]:
+def provenance(cfg: Any, cfg_path: str, options: Sequence[str]) -> Dict[str, Any]:
     """What was evaluated, and with what; no dates, so that equal runs give equal files."""
     model, run = cfg.model_cfg, cfg.run_cfg
     key = "finetuned" if model.get("load_finetuned", True) and model.get("finetuned", None) else "pretrained"
@@ -55,7 +53,7 @@ def provenance(cfg, cfg_path: str, options: Sequence[str]) -> Dict[str, Any]:
         "options": list(options),
         "model": {"arch": model.arch, "model_type": model.get("model_type", None), "checkpoint": model.get(key, None)},
         "task": run.task,
-        "data": {name: OmegaConf.to_container(s).get("type", "default") for name, s in cfg.datasets_cfg.items()},
+        "data": {name: section.get("type", "default") for name, section in cfg.datasets_cfg.items()},
         "versions": {"python": platform.python_version(), "lavis-kvmod": __version__, **versions},
     }
 

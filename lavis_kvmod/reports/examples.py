@@ -47,7 +47,7 @@ def choose(rows: Sequence[Row], goodness: Sequence[str], count: int = SHOWN) -> 
     ]
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
@@ -80,12 +80,12 @@ def thumbnail(row: Row, evaluated: Evaluated) -> Optional[Image.Image]:
         return None
     factor = _SIDE // max(image.size)
     if factor > 1:
-        return image.resize((image.width * factor, image.height * factor), Image.NEAREST)
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     image.thumbnail((_SIDE, _SIDE))
     return image
 
 
-def _from_file(row: Row, dataset) -> Optional[Image.Image]:
+def _from_file(row: Row, dataset: Any) -> Optional[Image.Image]:
     if not isinstance(row["image"], str):
         return None
     path = Path(getattr(dataset, "vis_root", None) or "") / row["image"]  # an absolute path survives the join
@@ -105,9 +105,9 @@ def _from_data_set(row: Row, evaluated: Evaluated) -> Optional[Image.Image]:
     return _to_image(pixels, getattr(dataset, "vis_processor", None))
 
 
-def _to_image(pixels: Tensor, processor) -> Image.Image:
+def _to_image(pixels: Tensor, processor: Any) -> Image.Image:
     """(3, H, W), normalised as the processor does (LAVIS's way if it does not say) -> a picture."""
-    normalize = getattr(processor, "normalize", None)
+    normalize: Any = getattr(processor, "normalize", None)
     if not hasattr(normalize, "mean"):
         normalize = BlipImageBaseProcessor().normalize
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (normalize.mean, normalize.std))
