@@ -136,18 +136,29 @@ class AnnotatedDataset(BaseDataset):
                 ``max_bad_share`` of the data set.
             IndexError: past the end.
         """
+        return self.sample(index, {})
+
+    def image_of(self, index: int) -> str:
+        """What the image of a sample is known by."""
+        return self.annotation[index]["image"]
+
+    def sample(self, index: int, views: Dict[str, Sample]) -> Sample:
+        """The same, sharing what is seen of an image among the samples that show it: see
+        `lavis_kvmod.datasets.loading.images`."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"no sample {index} in a data set of {len(self)}")
         bad: List[str] = []
         while True:
             annotation = self.annotation[(index + len(bad)) % len(self)]
             try:
-                image = read_image(annotation["image"])
+                seen = views.get(annotation["image"]) or self._seen(read_image(annotation["image"]), annotation)
             except BadImageError as error:
                 bad.append(f"{annotation['source']}: {error}")
                 self._note(bad, error)
+                views = {}  # what stands in for a bad image is drawn under that one's seed
                 continue
-            return {**self._seen(image, annotation), **self._texts(annotation), "bad_samples": bad}
+            views[annotation["image"]] = seen
+            return {**seen, **self._texts(annotation), "bad_samples": bad}
 
     def _note(self, bad: List[str], error: BadImageError) -> None:
         if self.on_bad_sample != "skip":

@@ -53,8 +53,26 @@ class _Digits(BaseDataset):
         """The picture that an annotation belongs to."""
         return Image.fromarray(self._pictures[annotation["scan"]])
 
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        """``image`` (3, H, W), ``image_key`` where the processor gives the same pixels every time, and the texts."""
+        return self.sample(index, {})
+
+    def image_of(self, index: int) -> int:
+        """What the image of a sample is known by."""
+        return self.annotation[index]["scan"]
+
+    def sample(self, index: int, views: Dict[int, Dict[str, Any]]) -> Dict[str, Any]:
+        """The same, sharing what is seen of a scan among the samples that show it."""
+        annotation = self.annotation[index]
+        if annotation["scan"] not in views:
+            views[annotation["scan"]] = self._image(annotation)
+        return {**views[annotation["scan"]], **self._texts(annotation)}
+
+    def _texts(self, annotation: Dict[str, Any]) -> Dict[str, Any]:
+        """Everything but the image."""
+        raise NotImplementedError
+
     def _image(self, annotation: Dict[str, Any]) -> Dict[str, Any]:
-        """``image``, and ``image_key`` where the processor gives the same pixels every time."""
         sample = {"image": self.vis_processor(self.picture(annotation))}
         if isinstance(self.vis_processor, BlipImageEvalProcessor):
             sample["image_key"] = self.scans[annotation["scan"]].key
@@ -79,11 +97,8 @@ class _DigitsVQA(_Digits):
 class DigitsVQADataset(_DigitsVQA, VQADataset):
     """Questions with their answers, for training; batches are LAVIS's VQA batches."""
 
-    def __getitem__(self, index: int) -> Dict[str, Any]:
-        """``image`` (3, H, W), ``text_input``, ``answers`` and their ``weights``, ``image_key``."""
-        annotation = self.annotation[index]
+    def _texts(self, annotation: Dict[str, Any]) -> Dict[str, Any]:
         return {
-            **self._image(annotation),
             "text_input": self.text_processor(annotation["question"]),
             "answers": annotation["answer"],
             "weights": [1.0],
@@ -107,11 +122,8 @@ class DigitsVQAEvalDataset(DigitsVQADataset):
         super().__init__(vis_processor, text_processor, split)
         self.answer_list = [*digits.DIGIT_WORDS, *digits.INKS, *digits.PAPERS, "yes", "no"]
 
-    def __getitem__(self, index: int) -> Dict[str, Any]:
-        """What a training sample has, ``question_id`` and ``instance_id``."""
-        annotation = self.annotation[index]
-        ids = {key: annotation[key] for key in ("question_id", "instance_id")}
-        return {**super().__getitem__(index), **ids}
+    def _texts(self, annotation: Dict[str, Any]) -> Dict[str, Any]:
+        return {**super()._texts(annotation), **{key: annotation[key] for key in ("question_id", "instance_id")}}
 
 
 class _DigitsCaption(_Digits):
@@ -124,11 +136,8 @@ class _DigitsCaption(_Digits):
 class DigitsCaptionDataset(_DigitsCaption):
     """Scans with their captions, for training."""
 
-    def __getitem__(self, index: int) -> Dict[str, Any]:
-        """``image`` (3, H, W), ``text_input`` (the caption), ``image_id``, ``image_key``."""
-        annotation = self.annotation[index]
+    def _texts(self, annotation: Dict[str, Any]) -> Dict[str, Any]:
         return {
-            **self._image(annotation),
             "text_input": self.text_processor(annotation["caption"][0]),
             "image_id": annotation["image_id"],
         }
@@ -137,9 +146,8 @@ class DigitsCaptionDataset(_DigitsCaption):
 class DigitsCaptionEvalDataset(DigitsCaptionDataset):
     """Scans by id, with their captions, so that a loss can be computed; the ground truth is in ``annotation``."""
 
-    def __getitem__(self, index: int) -> Dict[str, Any]:
-        """What a training sample has, and ``instance_id``."""
-        return {**super().__getitem__(index), "instance_id": self.annotation[index]["instance_id"]}
+    def _texts(self, annotation: Dict[str, Any]) -> Dict[str, Any]:
+        return {**super()._texts(annotation), "instance_id": annotation["instance_id"]}
 
 
 @lru_cache(maxsize=None)

@@ -175,6 +175,22 @@ class KVModBase(Blip2Base):
             return None
         return prefix_of_each_layer(self.kv_prefix, pooled, self.Qformer.num_cross_attention_layers, self.kv_gate)
 
+    # ------------------------------------------------------------ one image, many texts
+
+    def num_samples(self, samples: Mapping[str, Any]) -> int:
+        """How many samples a batch has: texts, where ``image_index`` tells which image each belongs to, else images."""
+        return len(samples["image_index"] if "image_index" in samples else samples["image"])
+
+    def soft_prompts(self, samples: Dict[str, Any]) -> Tensor:
+        """The soft prompt of each sample, (b, q, width). An image is encoded once, however many samples show it
+        (``image_index`` (b,)), and not at all if `encoded` has been given the batch."""
+        soft_prompt = samples["soft_prompt"] if "soft_prompt" in samples else self.encode(samples).soft_prompt
+        return soft_prompt[samples["image_index"]] if "image_index" in samples else soft_prompt
+
+    def encoded(self, samples: Dict[str, Any]) -> Dict[str, Any]:
+        """The batch with the soft prompts of its images, for several passes (answers and a loss) over the same ones."""
+        return {**samples, "soft_prompt": self.encode(samples).soft_prompt}
+
     @torch.no_grad()
     def prefix_attention_share(self, samples: Dict[str, Any]) -> Optional[float]:
         """How much of its attention the Q-Former gives to the prefix, in [0, 1]; None without KV modulation.

@@ -126,7 +126,8 @@ class Blip2OPTKVMod(KVModBase):
         """The loss of a batch.
 
         Args:
-            samples: ``image`` (b, 3, H, H) and ``text_input``. For captioning, ``text_input`` is the b captions. For
+            samples: ``image`` (b, 3, H, H) and ``text_input``; or fewer images, with ``image_index`` (b,), which says
+                what image each text belongs to. For captioning, ``text_input`` is the b captions. For
                 VQA it is the b questions, with ``answer`` (all answers of all questions in one list), ``n_answers``
                 (b,) and ``weight`` (one for each answer), as LAVIS's collater gives them. ``prompt`` may replace
                 the model's own, for all or one for each sample.
@@ -140,7 +141,7 @@ class Blip2OPTKVMod(KVModBase):
         Raises:
             ValueError: for wrong shapes, an empty question, answer or caption, or a question without answers.
         """
-        soft_prompt = self.encode(samples).soft_prompt
+        soft_prompt = self.soft_prompts(samples)
         if "answer" in samples:
             contexts = self._question_contexts(samples)
             rows, answers, row_weights = answers_of(samples, draw=self.answer_loss == "sample" and self.training)
@@ -188,9 +189,9 @@ class Blip2OPTKVMod(KVModBase):
         Returns:
             b * num_captions strings, the captions of an image together; with ``return_scores`` as `ScoredAnswer`.
         """
-        contexts = caption_contexts(self.opt_tokenizer, samples.get("prompt", self.prompt), len(samples["image"]))
+        contexts = caption_contexts(self.opt_tokenizer, samples.get("prompt", self.prompt), self.num_samples(samples))
         return self._continue(
-            self.encode(samples).soft_prompt,
+            self.soft_prompts(samples),
             contexts,
             return_scores,
             do_sample=use_nucleus_sampling,
@@ -239,7 +240,7 @@ class Blip2OPTKVMod(KVModBase):
         if inference_method not in INFERENCE_METHODS:
             raise ValueError(f"inference_method: expected one of {INFERENCE_METHODS}, got {inference_method!r}")
         contexts = self._question_contexts(samples, prompt)
-        soft_prompt = self.encode(samples).soft_prompt
+        soft_prompt = self.soft_prompts(samples)
         if inference_method == "rank":
             with self.maybe_autocast():
                 ranked = rank_answers(
@@ -259,11 +260,10 @@ class Blip2OPTKVMod(KVModBase):
 
     def _question_contexts(self, samples: Dict[str, Any], prompt: Prompt = "") -> List[List[int]]:
         """Token ids of each question in its prompt: the same in training and in evaluation."""
-        questions = samples["text_input"]
-        if isinstance(questions, str):
-            questions = [questions] * len(samples["image"])
-        if len(questions) != len(samples["image"]):
-            raise ValueError(f"{len(samples['image'])} images but {len(questions)} questions")
+        count, questions = self.num_samples(samples), samples["text_input"]
+        questions = [questions] * count if isinstance(questions, str) else questions
+        if len(questions) != count:
+            raise ValueError(f"{count} images but {len(questions)} questions")
         prompt = prompt or samples.get("prompt") or (self.prompt if QUESTION in self.prompt else "")
         return question_contexts(self.opt_tokenizer, questions, prompt, self.max_txt_len)
 

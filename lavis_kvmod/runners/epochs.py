@@ -188,7 +188,7 @@ class TrainsEpochs(RunnerBase):
 
 
 def _num_samples(samples: Dict[str, Any]) -> int:
-    for key in ("image", "text_input", "instance_id"):
+    for key in ("image_index", "image", "text_input", "instance_id"):
         if key in samples:
             return len(samples[key])
     return 1

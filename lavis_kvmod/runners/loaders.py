@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional
 from lavis.datasets.data_utils import concat_datasets
 from torch.utils.data import ChainDataset, ConcatDataset
 
+from lavis_kvmod.datasets.loading.images import first_with_same_image
 from lavis_kvmod.datasets.loading.loader import Loader
 from lavis_kvmod.datasets.loading.plans import SamplePlan
 from lavis_kvmod.datasets.loading.samples import SampleSource
@@ -25,6 +26,7 @@ def make_loader(
     rank: int,
     world_size: int,
     pin_memory: bool,
+    group_by_image: bool = False,
 ) -> Loader:
     """The loader of a split.
 
@@ -33,6 +35,7 @@ def make_loader(
         is_train: whether the order is drawn anew in each epoch.
         may_be_empty: whether the run does not use the split.
         batch_size, num_workers, seed, rank, world_size, pin_memory: as usual.
+        group_by_image: whether the samples of an image come together, and it once: see `SampleSource`.
 
     Raises:
         ValueError: for an empty split.
@@ -50,8 +53,10 @@ def make_loader(
         )
     if len(dataset) == 0 and not may_be_empty:
         raise ValueError(f"split {split!r} of the data set is empty")
-    logging.info("%s: %d samples", split, len(dataset))
-    plan = SamplePlan(len(dataset), **share, seed=seed if is_train else None)
+    images = first_with_same_image(dataset) if group_by_image else None
+    of_images = "" if images is None else f" of {len(set(images.tolist()))} images, each encoded once in a batch"
+    logging.info("%s: %d samples%s", split, len(dataset), of_images)
+    plan = SamplePlan(len(dataset), **share, seed=seed if is_train else None, images=images)
     return Loader(SampleSource(dataset, plan, seed), **workers)
 
 

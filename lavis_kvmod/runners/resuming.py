@@ -111,9 +111,8 @@ def data_order(run_cfg, loader, world_size: int) -> Dict[str, Any]:
         "num_samples": len(dataset) if hasattr(dataset, "__len__") else None,
         "num_batches": len(loader),
         "global_batch": int(run_cfg.batch_size_train) * world_size,
-        # shards are dealt out to ranks and workers; samples are, in an order that does not depend on them
-        "readers": [world_size, max(1, int(run_cfg.num_workers))] if loader.depends_on_readers else None,
         "accum_grad_iters": int(run_cfg.get("accum_grad_iters", 1)),
+        **loader.order,
     }
 
 
@@ -125,8 +124,10 @@ def find_position(state: RunState, before: Optional[Mapping[str, Any]], now: Map
     """
     if before is None or state.trained or state.batch == 0 or dict(before) == dict(now):
         return
-    fixed = {"seed", "num_samples", "readers"} | (set() if now["readers"] is None else {"num_batches", "global_batch"})
-    if any(before[key] != now[key] for key in fixed):
+    fixed = {"seed", "num_samples", "readers", "grouped"}
+    if now["readers"] is not None:
+        fixed |= {"num_batches", "global_batch"}
+    if any((before.get(key) or None) != (now.get(key) or None) for key in fixed):
         logging.warning("the training data are read in another order than before: epoch %d begins anew", state.epoch)
         state.start_epoch(state.epoch)
         return

@@ -223,7 +223,21 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
             rank=get_rank(),
             world_size=get_world_size(),
             pin_memory=self.cuda_enabled,
+            group_by_image=self._groups_by_image(),
         )
+
+    def _groups_by_image(self) -> bool:
+        """``run.group_by_image``; ``auto`` does where a model takes such batches, and questions are answered.
+
+        Raises:
+            ValueError: if the model does not.
+        """
+        wanted, can = self._run_key("group_by_image", "auto"), hasattr(self._model, "soft_prompts")
+        if wanted == "auto":
+            return can and getattr(self.task, "target", None) == "answer"
+        if wanted and not can:
+            raise ValueError(f"run.group_by_image: {type(self._model).__name__} takes an image for each question")
+        return bool(wanted)
 
     # ------------------------------------------------------------ the run
 

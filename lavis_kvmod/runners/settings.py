@@ -102,6 +102,11 @@ class RunnerSettings(RunSettings):
         False, "`true`, or arguments of `wandb.init`", expected="true, false or arguments of wandb.init"
     )
     dist_timeout: float = key(60.0, "minutes after which a process gives up waiting for the others", gt=0)
+    group_by_image: Union[bool, Literal["auto"]] = key(
+        "auto",
+        "bring an image's questions together and encode it once a batch; `auto`: where questions are answered "
+        "([training.md](training.md#one-image-many-questions))",
+    )
     fsdp: bool = key(False, "spread the frozen OPT over the GPUs ([training.md](training.md))")
 
     def conflicts(self) -> List[str]:

@@ -79,13 +79,16 @@ class DatasetEvaluation:
             samples = step.samples
             bad, annotations = samples.pop("bad_samples", []), samples.pop("annotation", None)
             samples = prepare_sample(samples, cuda_enabled=cuda_enabled)
+            wants_loss = self.valid_loss and step.all_have_targets
+            if wants_loss and hasattr(model, "encoded"):  # once for both
+                samples = model.encoded(samples)
             rows = self.valid_step(model=model, samples=samples)
-            loss = self._weighted_loss(model, samples) if self.valid_loss and step.all_have_targets else (0.0, 0.0)
+            loss = self._weighted_loss(model, samples) if wants_loss else (0.0, 0.0)
             if not step.counts:
                 continue
             if annotations is not None:
                 rows = [{**row, "annotation": annotation} for row, annotation in zip(rows, annotations)]
-                self._keep_pictures(rows, samples["image"])
+                self._keep_pictures(rows, samples)
             results += rows
             self._bad += bad
             self._loss = (self._loss[0] + loss[0], self._loss[1] + loss[1])
@@ -132,18 +135,18 @@ class DatasetEvaluation:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             output = model(self.as_trained(model, dict(samples)))
         # Another model than ours does not say over how many tokens its mean is: then each sample counts the same.
-        weight = float(output.get("loss_weight", len(samples["image"])))
+        weight = float(output.get("loss_weight", len(_images(samples))))
         return float(output["loss"]) * weight, weight
 
     def as_trained(self, model, samples: Dict[str, Any]) -> Dict[str, Any]:
         """An evaluation batch as the training loss sees it."""
         return samples
 
-    def _keep_pictures(self, rows: List[Row], images: Tensor) -> None:
+    def _keep_pictures(self, rows: List[Row], samples: Dict[str, Any]) -> None:
         if self.evaluated is None:
             return
         wanted = max(1, PICTURES_KEPT // get_world_size()) - len(self._pictures)
-        for row, image in list(zip(rows, images))[: max(0, wanted)]:
+        for row, image in list(zip(rows, _images(samples)))[: max(0, wanted)]:
             self._pictures[row["instance_id"]] = image.to("cpu", torch.float16)
 
     # ------------------------------------------------------------ when all have passed
@@ -172,6 +175,11 @@ class DatasetEvaluation:
         write = getattr(self._dataset, "write_leaderboard", None)
         if write is not None:
             logging.info("wrote the file for the leaderboard to %s", write(rows, folder))
+
+
+def _images(samples: Dict[str, Any]) -> Tensor:
+    """Each sample's image; a batch may have an image once for several samples."""
+    return samples["image"][samples["image_index"]] if "image_index" in samples else samples["image"]
 
 
 def unscored() -> Dict[str, Any]:

@@ -18,6 +18,10 @@ from lavis_kvmod.config.loading import load_config
 from lavis_kvmod.datasets.annotated import CaptionEvalData, VQAEvalData
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy
 from lavis_kvmod.datasets.digits import DigitsVQABuilder
+from lavis_kvmod.datasets.loading.images import first_with_same_image
+from lavis_kvmod.datasets.loading.loader import Loader
+from lavis_kvmod.datasets.loading.plans import SamplePlan
+from lavis_kvmod.datasets.loading.samples import SampleSource
 from lavis_kvmod.system.lavis_paths import set_registry_path
 from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.tasks import evaluation as evaluation_module
@@ -83,10 +87,10 @@ def captions(photos):
     return make
 
 
-def evaluate(task, model, dataset, batch_size=2, epoch=0):
+def evaluate(task, model, dataset, batch_size=2, epoch=0, loader=None):
     model.eval()
     task.before_evaluation(model=model, dataset=dataset)
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=dataset.collater)
+    loader = loader or DataLoader(dataset, batch_size=batch_size, collate_fn=dataset.collater)
     results = task.evaluation(model, loader, cuda_enabled=False)
     return task.after_evaluation(val_result=results, split_name="val", epoch=epoch)
 
@@ -119,6 +123,21 @@ def test_vqa_writes_what_one_wants_to_know(build, questions, result_dir):
         cells = list(csv.DictReader(file))
     assert [row["prediction"] for row in cells] == [row["prediction"] for row in rows]
     assert {"image", "question", "answers", "prediction", "confidence", "log_prob", "mean_log_prob"} <= set(cells[0])
+
+
+def test_images_are_encoded_once_for_answers_and_loss(build, questions, captions, result_dir):
+    """And once for all questions of an image, where the loader gives them together: six here, of three photos."""
+    model, seen = build(), []
+    model.visual_encoder.register_forward_hook(lambda *args: seen.append(len(args[1][0])))
+    dataset = questions()
+    apart = evaluate(KVModVQATask(**VQA), model, dataset, batch_size=6)
+    assert seen == [6]
+    plan = SamplePlan(len(dataset), 6, images=first_with_same_image(dataset))
+    together = evaluate(KVModVQATask(**VQA), model, dataset, loader=Loader(SampleSource(dataset, plan)))
+    assert seen == [6, 3]
+    assert together.pop("loss") == pytest.approx(apart.pop("loss"), rel=1e-5) and together == apart
+    assert "loss" in evaluate(KVModCaptionTask(**CAPTIONING), model, captions(), batch_size=3)
+    assert seen == [6, 3, 3]
 
 
 def test_confidence_is_the_models(build, questions, result_dir):

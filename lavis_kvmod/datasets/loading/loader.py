@@ -6,7 +6,7 @@ import threading
 import time
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
-from typing import Any, Callable, ClassVar, Dict, Iterator, List, Protocol
+from typing import Any, Callable, Dict, Iterator, List, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -35,17 +35,18 @@ class Source(Protocol):
     Attributes:
         dataset: whose batches they are.
         num_batches: in an epoch.
-        depends_on_readers: whether the batches depend on the numbers of ranks and workers, and not on the samples'
-            order alone.
+        order: what decides the order of the samples beside seed, epoch and their number; None or False where it does
+            not. ``readers`` are ranks and workers, ``grouped`` is whether samples of an image stand together.
     """
-
-    depends_on_readers: ClassVar[bool]
 
     @property
     def dataset(self) -> Any: ...
 
     @property
     def num_batches(self) -> int: ...
+
+    @property
+    def order(self) -> Dict[str, Any]: ...
 
     def since(self, epoch: int, start: int) -> Dataset:
         """The batches of an epoch from that one on: by number from 0, or, as an iterable data set, each worker's own.
@@ -64,7 +65,7 @@ class Loader:
 
     Attributes:
         dataset: whose batches they are.
-        depends_on_readers: see `Source`.
+        order: see `Source`.
 
     Args:
         source: what is read.
@@ -73,7 +74,7 @@ class Loader:
 
     def __init__(self, source: Source, *, num_workers: int = 0, pin_memory: bool = False):
         self.dataset = source.dataset
-        self.depends_on_readers = source.depends_on_readers
+        self.order = source.order
         self._source = source
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self._epoch, self._start = 0, 0

@@ -27,12 +27,17 @@ class SamplePlan(NamedTuple):
     process with ``world_size`` times the batch size. Where the last batch does not go round, some ranks' are smaller. A
     rank that has none gets one sample again in training, marked as padding; in evaluation it has a batch less.
 
+    With ``images``, the samples of an image stand together: images come in an order of their own, each as likely at any
+    place, and the samples of each in an order of theirs. Batches are as large and as many as without; an image that
+    stands across the border of two batches, or of two ranks, is in both.
+
     Attributes:
         num_samples: size of the data set.
         batch_size: samples in a batch of this rank.
         rank, world_size: as usual.
         seed: for training: seed and epoch decide the order, as `torch.utils.data.DistributedSampler`'s. None, for
             evaluation, keeps the data set's.
+        images: for each sample the first one that shows the same image, (num_samples,) int64; None for no grouping.
     """
 
     num_samples: int
@@ -40,6 +45,7 @@ class SamplePlan(NamedTuple):
     rank: int = 0
     world_size: int = 1
     seed: Optional[int] = None
+    images: Optional[np.ndarray] = None
 
     @property
     def num_batches(self) -> int:
@@ -49,10 +55,18 @@ class SamplePlan(NamedTuple):
 
     def epoch(self, epoch: int) -> "EpochPlan":
         """The batches of an epoch."""
-        if self.seed is None:
-            return EpochPlan(self, epoch, np.arange(self.num_samples))
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        return EpochPlan(self, epoch, torch.randperm(self.num_samples, generator=generator).numpy())
+        order = places = np.arange(self.num_samples)
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(self.num_samples, generator=generator).numpy()
+            places = torch.randperm(self.num_samples, generator=generator).numpy()
+        if self.images is not None:
+            order = order[np.argsort(places[self.images[order]], kind="stable")]
+        return EpochPlan(self, epoch, order)
+
+    def view(self, sample: int) -> int:
+        """What the augmentation of a sample's image is drawn under, with seed and epoch."""
+        return sample if self.images is None else int(self.images[sample])
 
 
 class EpochPlan(NamedTuple):
@@ -71,5 +85,8 @@ class EpochPlan(NamedTuple):
         """The batch of that number."""
         size = self.plan.batch_size * self.plan.world_size
         together = self.order[number * size : (number + 1) * size]
-        mine = together[self.plan.rank :: self.plan.world_size]
+        if self.plan.images is None:
+            mine = together[self.plan.rank :: self.plan.world_size]
+        else:  # neighbours show the same image
+            mine = np.array_split(together, self.plan.world_size)[self.plan.rank]
         return BatchPlan(self.epoch, number, (mine if len(mine) else together[:1]).tolist(), is_padding=not len(mine))

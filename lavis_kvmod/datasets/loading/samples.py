@@ -1,11 +1,12 @@
 """The batches of a data set that has samples by number."""
 
 from dataclasses import dataclass
-from typing import Any, Callable, ClassVar, Optional
+from typing import Any, Callable, Dict, Optional
 
 import torch
 from torch.utils.data import Dataset
 
+from lavis_kvmod.datasets.loading.images import Views, each_image_once
 from lavis_kvmod.datasets.loading.loader import PADDING, Batch, or_failure
 from lavis_kvmod.datasets.loading.plans import BatchPlan, EpochPlan, SamplePlan
 from lavis_kvmod.datasets.seeding import seeded
@@ -17,8 +18,11 @@ __all__ = ["SampleSource"]
 class SampleSource:
     """A `Source` of samples by number, each read under a seed of its own.
 
+    Where the plan groups samples by image, a batch has each image once, in one augmented view, which depends on seed,
+    epoch and image: ``image`` (i, 3, H, W) and ``image_key`` are the images', ``image_index`` (b,) tells each sample's.
+
     Attributes:
-        dataset: with a length.
+        dataset: with a length; for a plan that groups, see `lavis_kvmod.datasets.loading.images`.
         plan: which samples a batch holds.
         seed: for augmentation.
         collate: makes a batch of samples; by default the data set's ``collater``, or torch's.
@@ -28,12 +32,16 @@ class SampleSource:
     plan: SamplePlan
     seed: int = 0
     collate: Optional[Callable] = None
-    depends_on_readers: ClassVar[bool] = False
 
     @property
     def num_batches(self) -> int:
         """In an epoch."""
         return self.plan.num_batches
+
+    @property
+    def order(self) -> Dict[str, Any]:
+        """Ranks and workers do not change it."""
+        return {"readers": None, "grouped": self.plan.images is not None}
 
     def since(self, epoch: int, start: int) -> Dataset:
         """The batches of an epoch from that one on."""
@@ -45,13 +53,15 @@ class SampleSource:
 
     def read(self, batch: BatchPlan) -> Batch:
         """What a batch holds."""
-        samples = []
+        samples, views = [], Views()
         for index in batch.samples:
-            with seeded(self.seed, batch.epoch, index):
-                samples.append(self.dataset[index])
+            with seeded(self.seed, batch.epoch, self.plan.view(index)):
+                samples.append(self.dataset[index] if self.plan.images is None else views.sample(self.dataset, index))
         collate = self.collate or getattr(self.dataset, "collater", None) or torch.utils.data.default_collate
         with seeded(self.seed, batch.epoch, "batch", batch.number):
             read = collate(samples)
+        if self.plan.images is not None:
+            read = each_image_once(read, samples)
         return {**read, PADDING: True} if batch.is_padding else read
 
 

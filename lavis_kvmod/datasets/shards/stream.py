@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, ClassVar, Deque, Dict, Generator, Iterable, Iterator, Optional, Sequence, Union
+from typing import Any, Callable, Deque, Dict, Generator, Iterable, Iterator, Optional, Sequence, Union
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -227,7 +227,6 @@ class ShardSource:
     """
 
     stream: BatchStream
-    depends_on_readers: ClassVar[bool] = True
 
     @property
     def dataset(self) -> Any:
@@ -238,6 +237,11 @@ class ShardSource:
     def num_batches(self) -> int:
         """In an epoch."""
         return self.stream.plan.num_batches
+
+    @property
+    def order(self) -> Dict[str, Any]:
+        """Shards are dealt out to ranks and workers."""
+        return {"readers": [self.stream.plan.world_size, self.stream.plan.num_workers], "grouped": False}
 
     def since(self, epoch: int, start: int) -> BatchStream:
         """The batches of an epoch from that one on."""
