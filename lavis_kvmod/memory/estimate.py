@@ -16,12 +16,12 @@ from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, T
 import torch
 from torch import Tensor, nn
 
-from lavis_kvmod.memory.fake import autocast, fake_device
+from lavis_kvmod.memory.fake import fake_device
 from lavis_kvmod.memory.ledger import Ledger
 from lavis_kvmod.models.blip2_opt_kvmod import Blip2OPTKVMod
 from lavis_kvmod.models.language.soft_prompt import full_mask, token_losses
 from lavis_kvmod.models.language.text import TextBatch
-from lavis_kvmod.system.precision import amp_dtype
+from lavis_kvmod.system.precision import amp_dtype, autocast
 
 ADAMW_STATES = 2  # two running means a trained parameter
 BATCH = "batch and loss"
@@ -99,7 +99,7 @@ def estimate(
     device = torch.device(device).type
     model = _on_device(Blip2OPTKVMod.without_weights(model_cfg), device)
     _check_length(model, text_length + (0 if train else new_tokens))
-    dtype = _compute_dtype(model, amp, device)
+    dtype = amp_dtype(amp, device)
 
     trained = _bytes(p for p in model.parameters() if p.requires_grad)
     states = ADAMW_STATES * trained if train or optimizer else 0
@@ -162,16 +162,6 @@ def _check_length(model: Blip2OPTKVMod, text_length: int) -> None:
         )
 
 
-def _compute_dtype(model: Blip2OPTKVMod, amp: Any, device: str) -> Optional[torch.dtype]:
-    """The autocast dtype of run and model together, or None: see ``Blip2OPTKVMod.maybe_autocast``."""
-    of_run = amp_dtype(amp, device)
-    if of_run is not None:
-        return of_run
-    if model.stored_in_bf16:
-        return torch.bfloat16
-    return torch.float16 if device == "cuda" else None
-
-
 # ------------------------------------------------------------ running it
 
 
@@ -198,7 +188,7 @@ def _train_step(
             soft_prompt = model.encode({"image": image}).soft_prompt
             if answers > 1:
                 soft_prompt = soft_prompt.repeat_interleave(answers, dim=0)
-            with model.maybe_autocast(), ledger.of(BATCH):
+            with model.autocast_for(model.opt_model), ledger.of(BATCH):
                 text = _text(rows, text_length, device)
                 _, losses = token_losses(model.opt_model, soft_prompt, text)
                 loss = losses.mean()
@@ -228,7 +218,7 @@ def _generate(
         with _booked(model, device) as ledger, autocast(device, dtype):
             image = torch.empty(batch_size, 3, model.image_size, model.image_size, device=device)
             soft_prompt = model.encode({"image": image}).soft_prompt.repeat_interleave(num_beams, dim=0)
-            with model.maybe_autocast():
+            with model.autocast_for(model.opt_model):
                 opt, text = model.opt_model, _text(rows, text_length, device)
                 embeds = soft_prompt.to(opt.get_input_embeddings().weight.dtype)
                 said = opt(

@@ -68,22 +68,3 @@ class _FlashAttention(TorchFunctionMode):
             if mask is None:
                 return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout)[0]
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def autocast(device: str, dtype: Optional[torch.dtype]) -> Iterator[None]:
-    """``torch.autocast`` for a device that may not be there (the other then turns itself off); None for none."""
-    if dtype is None:
-        yield
-        return
-    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, True)
-    torch.set_autocast_dtype(device, dtype)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled(device, before[0])
-        torch.set_autocast_dtype(device, before[1])

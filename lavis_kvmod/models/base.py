@@ -23,7 +23,14 @@ from lavis_kvmod.models.settings import PREFIX_GATES, ModelSettings
 from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB, FrozenFeatureCache, FrozenFeatures
 from lavis_kvmod.system.paths import resource
-from lavis_kvmod.system.precision import cpu_has_bf16, frozen_dtype_on_cpu
+from lavis_kvmod.system.precision import (
+    autocast,
+    computes_in,
+    cpu_has_bf16,
+    frozen_dtype_on_cpu,
+    stored_dtype,
+    surrounding_autocast,
+)
 from lavis_kvmod.weights import finding
 from lavis_kvmod.weights.reading import LoadReport
 
@@ -153,20 +160,24 @@ class KVModBase(Blip2Base):
             )
         keys = samples.get("image_key")
         if self.feature_cache is None or keys is None:
-            return self._encode_image(image)
-        return self.feature_cache(keys, image, self._encode_to_keep)
+            features = self._encode_image(image)
+        else:
+            features = self.feature_cache(keys, image, self._encode_to_keep)
+        if surrounding_autocast(self.device.type) is None:  # what is trained then computes in float32
+            features = features._replace(visual_tokens=features.visual_tokens.to(self.query_tokens.dtype))
+        return features
 
     def _encode_to_keep(self, image: Tensor) -> FrozenFeatures:
         """In the precision of the tower's weights: autocast adds a half-precision tower's layers up in float32."""
         features = self._encode_image(image)
-        smallest = min(self.visual_encoder.parameters(), key=lambda parameter: parameter.element_size())
-        return features._replace(visual_tokens=features.visual_tokens.to(smallest.dtype))
+        return features._replace(visual_tokens=features.visual_tokens.to(stored_dtype(self.visual_encoder)))
 
     def _encode_image(self, image: Tensor) -> FrozenFeatures:
         """(b, 3, H, H) -> visual tokens (b, n, width), pooled auxiliary features (b, f) or None."""
-        with torch.no_grad() if self.freeze_vit else contextlib.nullcontext():
-            visual_tokens = self.ln_vision(self.visual_encoder(image))
-        pooled = None if self.aux_encoder is None else self.aux_encoder(image)
+        with self.autocast_for(self.visual_encoder):
+            with torch.no_grad() if self.freeze_vit else contextlib.nullcontext():
+                visual_tokens = self.ln_vision(self.visual_encoder(image))
+            pooled = None if self.aux_encoder is None else self.aux_encoder(image)
         return FrozenFeatures(visual_tokens, pooled)
 
     def prefixes(self, pooled: Optional[Tensor]) -> Optional[List[KVPrefix]]:
@@ -211,26 +222,12 @@ class KVModBase(Blip2Base):
         """Where the model is. (LAVIS lists all parameters to say so.)"""
         return self.query_tokens.device
 
-    def maybe_autocast(self, dtype: torch.dtype = torch.float16) -> ContextManager:
-        """As LAVIS, autocast on a GPU and none on the CPU; but in bfloat16, and then on both, if a tower is stored so.
-
-        A surrounding autocast (the runner's) stays in force.
-        """
+    def autocast_for(self, part: nn.Module) -> ContextManager[None]:
+        """The context that a part computes in: see `computes_in`. A surrounding autocast (the run's) stays in force."""
         device_type = self.device.type
-        in_bf16 = self.stored_in_bf16
-        if torch.is_autocast_enabled(device_type) or (device_type == "cpu" and not in_bf16):
-            return contextlib.nullcontext()
-        return torch.autocast(device_type, dtype=torch.bfloat16 if in_bf16 else dtype)
-
-    @property
-    def stored_in_bf16(self) -> bool:
-        """Whether a tower (the ViT, and what is frozen behind the Q-Former) has weights in bfloat16, which then all is
-        computed in."""
-        towers = [
-            self.visual_encoder,
-            *(getattr(self, part) for part, trained in self.behind_qformer.items() if not trained),
-        ]
-        return any(p.dtype is torch.bfloat16 for tower in towers for p in tower.parameters())
+        surrounding, stored = surrounding_autocast(device_type), stored_dtype(part)
+        dtype = computes_in(stored, surrounding)
+        return autocast(device_type, None if dtype in (surrounding, torch.float32) else dtype)
 
     def float(self) -> "KVModBase":
         """What LAVIS's ``load_model`` calls for the CPU: trained parameters in float32, frozen half-precision ones in

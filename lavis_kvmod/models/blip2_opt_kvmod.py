@@ -109,16 +109,14 @@ class Blip2OPTKVMod(KVModBase):
         Raises:
             ValueError: if the images have another shape than the ViT was built for.
         """
-        with self.maybe_autocast():
-            features = self.frozen_features(samples)
-            query_output = self.Qformer(
-                query_embeds=self.query_tokens.expand(len(features.visual_tokens), -1, -1),
-                encoder_hidden_states=features.visual_tokens,
-                prefix=self.prefixes(features.pooled),
-                output_attentions=output_attentions,
-            )
-            soft_prompt = self.opt_proj(query_output.last_hidden_state)  # (b, q, opt width)
-        return Encoded(query_output, soft_prompt)
+        features = self.frozen_features(samples)
+        query_output = self.Qformer(
+            query_embeds=self.query_tokens.expand(len(features.visual_tokens), -1, -1),
+            encoder_hidden_states=features.visual_tokens,
+            prefix=self.prefixes(features.pooled),
+            output_attentions=output_attentions,
+        )
+        return Encoded(query_output, self.opt_proj(query_output.last_hidden_state))
 
     # ------------------------------------------------------------ loss
 
@@ -154,7 +152,7 @@ class Blip2OPTKVMod(KVModBase):
         return self._language_loss(soft_prompt, text, row_weights)
 
     def _language_loss(self, soft_prompt: Tensor, text: TextBatch, row_weights: Optional[Tensor]) -> Dict[str, Tensor]:
-        with self.maybe_autocast():
+        with self.autocast_for(self.opt_model):
             row, token_loss = token_losses(self.opt_model, soft_prompt, text)
         return mean_loss(token_loss, None if row_weights is None else row_weights.to(row.device)[row])
 
@@ -242,7 +240,7 @@ class Blip2OPTKVMod(KVModBase):
         contexts = self._question_contexts(samples, prompt)
         soft_prompt = self.soft_prompts(samples)
         if inference_method == "rank":
-            with self.maybe_autocast():
+            with self.autocast_for(self.opt_model):
                 ranked = rank_answers(
                     self.opt_model, self.opt_tokenizer, soft_prompt, contexts, answer_list or [], num_ans_candidates
                 )
@@ -270,14 +268,14 @@ class Blip2OPTKVMod(KVModBase):
     def _continue(self, soft_prompt: Tensor, contexts: List[List[int]], return_scores: bool, **search):
         """Let OPT continue each context behind its soft prompt up to the newline; returns what it adds."""
         tokenizer = self.opt_tokenizer
-        with self.maybe_autocast():
+        with self.autocast_for(self.opt_model):
             added = continue_texts(self.opt_model, tokenizer, soft_prompt, contexts, stop=self.eos_token_id, **search)
         texts = [text.strip() for text in tokenizer.batch_decode(added, skip_special_tokens=True)]
         if not return_scores:
             return texts
         each = len(added) // len(contexts)
         contexts = [context for context in contexts for _ in range(each)]
-        with self.maybe_autocast():
+        with self.autocast_for(self.opt_model):
             log_probs = score(self.opt_model, tokenizer, soft_prompt.repeat_interleave(each, dim=0), contexts, added)
         return [ScoredAnswer(*row) for row in zip(texts, log_probs, map(len, added))]
 

@@ -1,20 +1,22 @@
 """Which dtype a run computes in, and whether it needs a gradient scaler: decisions, apart from the hardware.
 
 ``run.amp`` is LAVIS's switch, with a choice added: ``true`` or ``fp16`` (with a GradScaler), ``bf16`` (without one),
-``false``. Parameters that are trained are float32 in every case.
+``false``. Parameters that are trained are float32 in every case. What a part of the model computes in is `computes_in`.
 """
 
+from contextlib import contextmanager
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 import torch
+from torch import Tensor, nn
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 AMP_VALUES = (True, False, "fp16", "bf16")
 _CPUINFO = Path("/proc/cpuinfo")
 
 
-def amp_dtype(amp, device_type: str) -> Optional[torch.dtype]:
+def amp_dtype(amp: Any, device_type: str) -> Optional[torch.dtype]:
     """The autocast dtype of a run, or None for none.
 
     LAVIS's ``amp: true`` means fp16 on a GPU; on the CPU, where fp16 has no fast kernels, it means nothing.
@@ -26,7 +28,57 @@ def amp_dtype(amp, device_type: str) -> Optional[torch.dtype]:
     return torch.float16 if device_type == "cuda" else None
 
 
-def needs_grad_scaler(amp, device_type: str) -> bool:
+def computes_in(stored: torch.dtype, surrounding: Optional[torch.dtype]) -> torch.dtype:
+    """What a part of a model computes in, whose weights are stored in ``stored``, under ``surrounding`` autocast.
+
+    ========================  ==============  ==============  ===============
+    autocast (``run.amp``)    frozen, fp16    frozen, bf16    trained (fp32)
+    ========================  ==============  ==============  ===============
+    none                      fp16            bf16            fp32
+    fp16                      fp16            fp16            fp16
+    bf16                      bf16            bf16            bf16
+    ========================  ==============  ==============  ===============
+
+    So without autocast, and then without a gradient scaler, no gradient of a trained part is computed in fp16, whose
+    small numbers are 0.
+    """
+    return stored if surrounding is None else surrounding
+
+
+def stored_dtype(part: nn.Module) -> torch.dtype:
+    """What the weights of matrices and convolutions are stored in; norms and biases may be in float32 all the same."""
+    for module in part.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim > 1:
+            return weight.dtype
+    return torch.float32
+
+
+def surrounding_autocast(device_type: str) -> Optional[torch.dtype]:
+    """The dtype of the autocast that is in force, or None."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+@contextmanager
+def autocast(device_type: str, dtype: Optional[torch.dtype]) -> Iterator[None]:
+    """``torch.autocast``, also for a device that is not there (PyTorch's then turns itself off); None for none."""
+    if dtype is None:
+        yield
+        return
+    before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    torch.set_autocast_enabled(device_type, True)
+    torch.set_autocast_dtype(device_type, dtype)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        torch.set_autocast_enabled(device_type, before[0])
+        torch.set_autocast_dtype(device_type, before[1])
+
+
+def needs_grad_scaler(amp: Any, device_type: str) -> bool:
     """Only fp16 gradients underflow; bf16 has float32's range."""
     return amp_dtype(amp, device_type) is torch.float16
 
@@ -56,7 +108,7 @@ def cuda_capability() -> Optional[Tuple[int, int]]:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
-def amp_problems(amp, device_type: str, cuda_has_bf16: bool = True) -> List[str]:
+def amp_problems(amp: Any, device_type: str, cuda_has_bf16: bool = True) -> List[str]:
     """What is wrong with ``run.amp`` for this device."""
     if amp not in AMP_VALUES and amp is not None:
         return [f"run.amp: expected true, false, fp16 or bf16; got {amp!r}"]

@@ -594,6 +594,35 @@ def test_half_precision_towers_through_lavis_loader(model_config, images, monkey
     assert len(model.generate({"image": images(1)}, num_beams=2, max_length=3)) == 1
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cached", [False, True], ids=["", "cached"])
+def test_without_amp_what_is_trained_computes_in_float32(build, images, half, cached):
+    """Towers in half precision, each in its own; under the run's autocast all alike."""
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[half]
+    model = build(vit_precision=name, opt_precision=name, cache_frozen_features=cached)
+    seen = {}
+    layers = {
+        "vit": model.visual_encoder.blocks[0].mlp.fc1,
+        "qformer": model.Qformer.bert.encoder.layer[0].crossattention.self.key,
+        "prefix": model.kv_prefix.mlp[0],
+        "proj": model.opt_proj,
+        "opt": model.opt_model.model.decoder.layers[0].fc1,
+    }
+    for part, layer in layers.items():
+        layer.register_forward_hook(lambda *args, part=part: seen.update({part: args[2].dtype}))
+    batch = {**image_batch(images), **({"image_key": ["a", "b", "c"]} if cached else {})}
+    model(batch)["loss"].backward()
+    trained = dict.fromkeys(("qformer", "prefix", "proj"), torch.float32)
+    assert seen == {"vit": half, "opt": half, **trained}
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    if half is torch.float16:  # the CPU's autocast does not take it beside bfloat16
+        return
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model({**image_batch(images)})["loss"].backward()
+    assert set(seen.values()) == {torch.bfloat16}
+
+
 def test_float32_towers_are_left_alone(build):
     assert {row.dtype for row in build().float().parts()} == {"float32"}
 

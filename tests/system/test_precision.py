@@ -25,6 +25,37 @@ def test_dtype_and_scaler(amp, device, dtype, scaler):
     assert amp_problems(amp, device) == []
 
 
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    "surrounding, of_fp16, of_bf16, of_trained",
+    [(None, FP16, BF16, FP32), (FP16, FP16, FP16, FP16), (BF16, BF16, BF16, BF16)],
+)
+def test_what_each_part_computes_in(surrounding, of_fp16, of_bf16, of_trained):
+    """Without autocast, and so without a scaler, the trained part is not computed in fp16."""
+    assert [precision.computes_in(stored, surrounding) for stored in (FP16, BF16, FP32)] == [
+        of_fp16,
+        of_bf16,
+        of_trained,
+    ]
+
+
+def test_stored_dtype_is_that_of_the_matrices():
+    part = torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.Linear(4, 4).to(BF16))
+    assert precision.stored_dtype(part) is BF16
+    assert precision.stored_dtype(torch.nn.LayerNorm(4)) is FP32
+
+
+def test_autocast_ends_where_it_began():
+    assert precision.surrounding_autocast("cpu") is None
+    with precision.autocast("cpu", BF16):
+        assert precision.surrounding_autocast("cpu") is BF16
+        with precision.autocast("cpu", None):
+            assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype is BF16
+    assert precision.surrounding_autocast("cpu") is None
+
+
 def test_what_cannot_work_is_refused():
     assert "fp16 needs a GPU" in amp_problems("fp16", "cpu")[0]
     assert "no bf16" in amp_problems("bf16", "cuda", cuda_has_bf16=False)[0]
