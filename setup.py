@@ -26,6 +26,7 @@ DEV = [
     "import-linter>=2.6; python_version >= '3.10'",
     "mypy; python_version >= '3.10'",
     "pre-commit",
+    "psutil",
     "pytest",
     "pytest-timeout",
     "pytest-xdist",

@@ -29,6 +29,7 @@ from lavis.processors.blip_processors import BlipImageEvalProcessor
 
 from lavis_kvmod.datasets.bad_samples import PROBLEMS_SHOWN, BadDataError, BadSamplePolicy, some_of
 from lavis_kvmod.datasets.images import BadImageError, read_image
+from lavis_kvmod.datasets.row_store import RowStore
 
 __all__ = [
     "AnnotatedDataset",
@@ -105,7 +106,7 @@ class AnnotatedDataset(BaseDataset):
 
     Args:
         vis_processor, text_processor: LAVIS processors.
-        annotations: see the module; they get an ``instance_id``.
+        annotations: see the module; kept as a `RowStore`, with an ``instance_id``.
         policy: what happens when an image cannot be read.
         answer_list: the answers to choose from, for tasks that rank them.
     """
@@ -120,8 +121,7 @@ class AnnotatedDataset(BaseDataset):
         answer_list: Optional[Sequence[str]] = None,
     ):
         super().__init__(vis_processor, text_processor, None, [])  # no files
-        self.annotation = list(annotations)
-        self._add_instance_ids()
+        self.annotation = RowStore({**row, "instance_id": str(i)} for i, row in enumerate(annotations))
         self.on_bad_sample = policy.on_bad_sample
         self.max_bad_share = policy.max_bad_share
         self.answer_list = None if answer_list is None else list(answer_list)

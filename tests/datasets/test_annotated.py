@@ -93,7 +93,7 @@ def test_evaluation_batches_carry_targets_where_all_have_them(photos):
     got = batch(data)
     assert got["answer"] == ["yes", "no"] * 2 and got["n_answers"].tolist() == [2, 2]
     assert got["weight"].tolist() == pytest.approx([2 / 3, 1 / 3] * 2)
-    data.annotation[1]["answer"] = []
+    data.annotation[1] = {**data.annotation[1], "answer": []}
     assert not {"answer", "weight", "n_answers"} & set(batch(data))
     got = batch(captions(CaptionEvalData, photos))
     assert got["text_input"] == ["a cat", "a cat"] and got["image_id"] == [CAT, ROCKET]
@@ -101,7 +101,7 @@ def test_evaluation_batches_carry_targets_where_all_have_them(photos):
 
 def test_texts_go_through_the_processor_and_answers_do_not(photos):
     data = questions(VQATrainData, photos)
-    data.annotation[0]["answer"] = ["St. Peter's (Rome)"]
+    data.annotation[0] = {**data.annotation[0], "answer": ["St. Peter's (Rome)"]}
     assert (data[0]["text_input"], data[0]["answers"]) == ("is it a cat, 2?", ["St. Peter's (Rome)"])
 
 

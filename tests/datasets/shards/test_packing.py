@@ -167,7 +167,7 @@ def test_lavis_own_data_sets_are_packed(photos, tmp_path):
         json.dumps([{"image": p.name, "question": "what?", "direct_answers": ["a", "b", "b"]} for p in photos])
     )
     dataset = VQADataset(VISION, QUESTION, str(photos[0].parent), [str(file)])
-    dataset.annotation[0]["image_id"] = np.int64(5)
+    dataset.annotation[0] = {**dataset.annotation[0], "image_id": np.int64(5)}
     kind, items = items_of(dataset, "okvqa, train")
     assert kind == VQA and [item.path for item in items] == [str(path) for path in photos]
     assert items[0].entries == [
@@ -348,8 +348,8 @@ def test_two_packings_into_one_folder(photos, tmp_path):
 def test_all_that_is_missing_or_wrong_is_told_before_anything_is_written(photos, tmp_path):
     dataset = questions(photos)
     photos[2].unlink(), photos[5].unlink()
-    dataset.annotation[0]["question"] = " "
-    dataset.annotation[1]["answer"] = []
+    dataset.annotation[0] = {**dataset.annotation[0], "question": " "}
+    dataset.annotation[1] = {**dataset.annotation[1], "answer": []}
     with pytest.raises(BadDataError) as told:
         pack(dataset, tmp_path / "out")
     text = str(told.value)
