@@ -7,7 +7,7 @@ each page it looks at. Here rows are bytes in one NumPy array, and a dict is mad
 import pickle
 from array import array
 from collections.abc import Sequence as SequenceABC
-from typing import Any, Dict, Iterable, List, Mapping, Tuple, Union, overload
+from typing import Any, Dict, Iterable, List, Mapping, NoReturn, Tuple, Union, overload
 
 import numpy as np
 
@@ -17,8 +17,10 @@ __all__ = ["RowStore"]
 class _Row(Dict[str, Any]):
     """A row that was taken out. Writing into it would change nothing in the store, so it is refused."""
 
-    def __setitem__(self, key: str, value: Any) -> None:
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("a row is made when it is asked for: write annotation[i] = {**annotation[i], ...} to change it")
+
+    __setitem__ = __delitem__ = pop = update = setdefault = clear = popitem = _refuse  # type: ignore[assignment]
 
     def __reduce__(self) -> Tuple[Any, ...]:
         return dict, (dict(self),)

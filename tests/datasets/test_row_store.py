@@ -36,6 +36,8 @@ def test_a_row_is_changed_as_a_whole():
     assert list(store) == [ROWS[0], {**ROWS[1], "caption": ["a house"], "new": 1}, ROWS[2]]
     with pytest.raises(TypeError, match=r"write annotation\[i\] = "):
         store[0]["answer"] = []
+    with pytest.raises(TypeError, match=r"write annotation\[i\] = "):
+        store[0].pop("answer")
     assert list(pickle.loads(pickle.dumps(store))) == list(store)
 
 

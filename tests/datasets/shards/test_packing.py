@@ -362,8 +362,8 @@ def test_all_that_is_missing_or_wrong_is_told_before_anything_is_written(photos,
 def test_rows_without_an_image_are_told(photos):
     """As those of LAVIS's sets of videos."""
     dataset = questions(photos)
-    for row in dataset.annotation:
-        row["video"] = row.pop("image")
+    for i, row in enumerate(dataset.annotation):
+        dataset.annotation[i] = {"video" if key == "image" else key: value for key, value in row.items()}
     with pytest.raises(
         BadDataError, match=r"22 of 22 annotations cannot be packed.*\n.*row 0: it names no image; it has"
     ):
@@ -372,8 +372,8 @@ def test_rows_without_an_image_are_told(photos):
 
 def test_a_split_without_answers_is_packed(photos, tmp_path):
     dataset = questions(photos, VQAEvalData)
-    for row in dataset.annotation:
-        del row["answer"]
+    for i, row in enumerate(dataset.annotation):
+        dataset.annotation[i] = {key: value for key, value in row.items() if key != "answer"}
     pack(dataset, tmp_path / "out")
     batch = next(iter(read(WdsVQAEvalData, tmp_path / "out")))
     assert "answer" not in batch and "answer" not in batch["annotation"][0]
