@@ -45,6 +45,9 @@ def name_problems(raw: DictConfig) -> List[str]:
         kind = (section or {}).get("type", "default")
         if kind not in builder.DATASET_CONFIG_DICT:
             problems.append(_unknown(f"datasets.{name}.type", kind, list(builder.DATASET_CONFIG_DICT)))
+    for name in run.get("train_dataset_ratios") or ():
+        if name not in datasets:
+            problems.append(_unknown("run.train_dataset_ratios", name, [str(name) for name in datasets]))
     named = {
         "task": (registry.get_task_class, registry.list_tasks),
         "runner": (registry.get_runner_class, registry.list_runners),

@@ -1,5 +1,6 @@
 """The part of `RunnerKVMod` that trains an epoch, or what is left of one."""
 
+import itertools
 import logging
 import math
 from typing import Any, Dict, Optional, Tuple
@@ -41,10 +42,11 @@ class TrainsEpochs(RunnerBase):
             state.start_epoch(epoch)
         model.train()
         loader.set_epoch(epoch, state.batch)
-        total = len(loader)
+        total = self.batches_in(epoch)
         self._bad_samples = self._count_bad_samples()
-        progress = Progress(loader, f"epoch {epoch}", self.log_freq, start=state.batch, total=total)
-        pace = Pace(total * self.max_epoch, done=self._batches_done(), samples=state.samples)
+        batches = itertools.islice(loader, max(0, total - state.batch))
+        progress = Progress(batches, f"epoch {epoch}", self.log_freq, start=state.batch, total=total)
+        pace = Pace(len(loader) * self.max_epoch, done=self._batches_done(), samples=state.samples)
         samples = None
         for i, samples in enumerate(progress, start=state.batch):
             pace.got_data()

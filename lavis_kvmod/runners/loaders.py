@@ -1,17 +1,69 @@
 """From the data sets of a run to its loaders."""
 
 import logging
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
-from lavis.datasets.data_utils import concat_datasets
+from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
 from torch.utils.data import ChainDataset, ConcatDataset
 
 from lavis_kvmod.datasets.loading.images import first_with_same_image
 from lavis_kvmod.datasets.loading.loader import Loader
+from lavis_kvmod.datasets.loading.mixture import Mixture
 from lavis_kvmod.datasets.loading.plans import SamplePlan
 from lavis_kvmod.datasets.loading.samples import SampleSource
 
-__all__ = ["joined", "make_loader", "stream_of"]
+__all__ = ["joined", "make_loader", "make_loaders", "stream_of"]
+
+
+def make_loaders(
+    datasets: Mapping[str, Mapping[str, Any]],
+    make: Callable[[str, Any], Loader],
+    *,
+    seed: int,
+    ratios: Optional[Mapping[str, float]] = None,
+    num_batches: Optional[int] = None,
+) -> Tuple[Dict[str, Any], Dict[str, Union[Loader, Mixture]]]:
+    """The data set of each split, and its loader.
+
+    The sets of a split are concatenated. With ``ratios`` or ``num_batches`` the split ``train`` is a `Mixture`: of its
+    data sets by those ratios, or of their concatenation alone; an epoch has ``num_batches`` or, by default, as many as
+    the sets have together.
+
+    Args:
+        datasets: by the data set's name, then by split.
+        make: makes the loader of a split from its data set.
+        seed: for the draw.
+
+    Raises:
+        ValueError: for ratios of data sets that are not there, or not of all that are.
+    """
+    by_split = reorg_datasets_by_split(datasets)
+    whole = {
+        split: concat_datasets({split: sets})[split] if ratios and split == "train" else joined(split, sets)
+        for split, sets in by_split.items()
+    }
+    loaders: Dict[str, Union[Loader, Mixture]] = {}
+    for split, dataset in sorted(whole.items()):
+        if split != "train" or not (ratios or num_batches):
+            loaders[split] = make(split, dataset)
+            continue
+        parts = {"all": dataset}
+        if ratios:
+            parts = {name: splits[split] for name, splits in datasets.items() if split in splits}
+            _check_ratios(ratios, list(parts))
+        each = {name: make(split, part) for name, part in parts.items()}
+        length = num_batches or sum(map(len, each.values()))
+        loaders[split] = Mixture(each, ratios or {"all": 1.0}, num_batches=length, dataset=dataset, seed=seed)
+        logging.info("%s: an epoch has %d batches, drawn from %s", split, length, ratios or "one after the other")
+    return whole, loaders
+
+
+def _check_ratios(ratios: Mapping[str, float], names: Sequence[str]) -> None:
+    if set(ratios) != set(names):
+        raise ValueError(
+            f"run.train_dataset_ratios: expected a number for each data set with a train split, {', '.join(names)}; "
+            f"got {', '.join(ratios)}"
+        )
 
 
 def make_loader(
@@ -69,7 +121,10 @@ def joined(split: str, datasets: List[Any]) -> Any:
     if len(datasets) == 1 and stream_of(datasets[0]) is not None:
         return datasets[0]
     if any(stream_of(dataset) is not None for dataset in datasets):
-        raise NotImplementedError(f"split {split!r}: a streamed data set cannot be mixed with others; got {datasets}")
+        raise NotImplementedError(
+            f"split {split!r}: a streamed data set cannot be mixed with others, but by "
+            f"run.train_dataset_ratios; got {datasets}"
+        )
     return concat_datasets({split: datasets})[split]
 
 

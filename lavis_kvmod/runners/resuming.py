@@ -124,8 +124,8 @@ def find_position(state: RunState, before: Optional[Mapping[str, Any]], now: Map
     """
     if before is None or state.trained or state.batch == 0 or dict(before) == dict(now):
         return
-    fixed = {"seed", "num_samples", "readers", "grouped"}
-    if now["readers"] is not None:
+    fixed = {"seed", "num_samples", "readers", "grouped", "mixture"}
+    if now["readers"] is not None or now.get("mixture") is not None:
         fixed |= {"num_batches", "global_batch"}
     if any((before.get(key) or None) != (now.get(key) or None) for key in fixed):
         logging.warning("the training data are read in another order than before: epoch %d begins anew", state.epoch)

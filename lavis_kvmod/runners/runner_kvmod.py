@@ -16,7 +16,6 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from lavis.common.dist_utils import is_main_process, main_process
-from lavis.datasets.data_utils import reorg_datasets_by_split
 from lavis.runners.runner_base import RunnerBase
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +23,7 @@ from lavis_kvmod.datasets.loading.loader import Loader
 from lavis_kvmod.models.parts import parts_table
 from lavis_kvmod.runners.environment import environment
 from lavis_kvmod.runners.epochs import TrainsEpochs
-from lavis_kvmod.runners.loaders import joined, make_loader
+from lavis_kvmod.runners.loaders import make_loader, make_loaders
 from lavis_kvmod.runners.optimizers import build_optimizer
 from lavis_kvmod.runners.run_folder import BEST, RunFolder, checkpoint_problem, find_newest_run
 from lavis_kvmod.runners.run_log import RunLog
@@ -204,9 +203,14 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
             NotImplementedError: for streamed data sets that cannot make a loader themselves.
         """
         if self._dataloaders is None:
-            by_split = reorg_datasets_by_split(self.datasets)
-            self.datasets = {split: joined(split, sets) for split, sets in by_split.items()}
-            self._dataloaders = {split: self._loader(split, data) for split, data in sorted(self.datasets.items())}
+            is_mixed = not self.evaluate_only
+            self.datasets, self._dataloaders = make_loaders(
+                self.datasets,
+                self._loader,
+                seed=int(self.config.run_cfg.seed),
+                ratios=self._run_key("train_dataset_ratios", None) if is_mixed else None,
+                num_batches=self._run_key("iters_per_inner_epoch", None) if is_mixed else None,
+            )
         return self._dataloaders
 
     def _loader(self, split: str, dataset: Any) -> Loader:
@@ -225,6 +229,19 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
             pin_memory=self.cuda_enabled,
             group_by_image=self._groups_by_image(),
         )
+
+    @property
+    def max_epoch(self) -> int:
+        """``run.max_epoch``; with ``run.max_iters`` as many as have so many batches, the last one cut short."""
+        max_iters = self._run_key("max_iters", None)
+        if max_iters is None or self.evaluate_only:
+            return int(self.config.run_cfg.max_epoch)
+        return -(-int(max_iters) // len(self.train_loader))
+
+    def batches_in(self, epoch: int) -> int:
+        """How many batches of an epoch are trained on."""
+        whole, max_iters = len(self.train_loader), self._run_key("max_iters", None)
+        return whole if max_iters is None else min(whole, int(max_iters) - epoch * whole)
 
     def _groups_by_image(self) -> bool:
         """``run.group_by_image``; ``auto`` does where a model takes such batches, and questions are answered.

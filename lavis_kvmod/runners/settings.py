@@ -102,6 +102,16 @@ class RunnerSettings(RunSettings):
         False, "`true`, or arguments of `wandb.init`", expected="true, false or arguments of wandb.init"
     )
     dist_timeout: float = key(60.0, "minutes after which a process gives up waiting for the others", gt=0)
+    train_dataset_ratios: Optional[Dict[str, float]] = key(
+        None,
+        "how often a batch comes from each data set, by its name ([training.md](training.md#several-data-sets)); "
+        "without, their samples are mixed",
+        expected="a number above 0 for each data set",
+    )
+    max_iters: Optional[int] = key(None, "batches in the whole run, instead of `max_epoch`", gt=0)
+    iters_per_inner_epoch: Optional[int] = key(
+        None, "batches in an epoch, after which is validated; those of the data by default", gt=0
+    )
     group_by_image: Union[bool, Literal["auto"]] = key(
         "auto",
         "bring an image's questions together and encode it once a batch; `auto`: where questions are answered "
@@ -112,6 +122,11 @@ class RunnerSettings(RunSettings):
     def conflicts(self) -> List[str]:
         """Keys that do not go together, and trackers that are not installed."""
         found = super().conflicts()
+        if self.train_dataset_ratios is not None and not all(r > 0 for r in self.train_dataset_ratios.values()):
+            found.append(
+                f"train_dataset_ratios: expected numbers above 0, got {self.train_dataset_ratios}; leave out "
+                "of the run file what is not to be trained on"
+            )
         if self.patience is not None and not self.valid_splits:
             found.append("patience: it counts validations, and run.valid_splits is empty; set both, or neither")
         for name, wanted in (("tensorboard", self.tensorboard is True), ("wandb", bool(self.wandb))):

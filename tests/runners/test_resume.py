@@ -2,8 +2,10 @@
 
 import random
 import signal
+from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from lavis_kvmod.commands.train import train
 from lavis_kvmod.weights import files as checkpoints
@@ -25,6 +27,26 @@ def test_killed_in_the_middle_of_an_epoch(write_run, in_process, runs, killed_be
     assert code == 0, output
     assert runs("killed") == [folder] and "at epoch 1, batch 4" in output
     assert_same_run(folder, runs("whole")[0])
+
+
+def test_killed_while_data_sets_are_mixed(write_run, in_process, runs, killed_before_step, assert_same_run):
+    """Pictures and shards, in epochs of 5 batches, of which 12 make the run: the third epoch has 2."""
+    options = dict(save_every_n_iters=1, max_iters=12, iters_per_inner_epoch=5, resume_ckpt_path="auto")
+    mixed = OmegaConf.load(write_run(train_dataset_ratios={"coco_vqa": 2, "wds_vqa": 1}, **options))
+    shards = OmegaConf.load(write_run(dataset="wds_vqa", name="shards.yaml")).datasets.wds_vqa
+    del shards.build_info.annotations["val"]
+    mixed.datasets.wds_vqa = shards
+    path = str(Path("mixed.yaml").resolve())
+    OmegaConf.save(mixed, path)
+    code, output = in_process(lambda: train(path), "whole")
+    assert code == 0, output
+    (whole,) = runs("whole")
+    last = checkpoints.read(whole / LAST)
+    assert last["epoch"] == 2 and last["optimizer"]["state"][0]["step"] == 12
+    assert in_process(killed_before_step(path, 7), "killed")[0] == -signal.SIGKILL
+    code, output = in_process(lambda: train(path), "killed")
+    assert code == 0 and "at epoch 1, batch 2" in output, output
+    assert_same_run(runs("killed")[0], whole)
 
 
 @pytest.mark.slow
