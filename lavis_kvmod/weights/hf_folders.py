@@ -152,61 +152,69 @@ def new_config(
         vit_heads, qformer_heads: how many attention heads; None takes the published models' width of a head.
 
     Raises:
-        CheckpointError: if the heads are not given and cannot be the published ones.
+        CheckpointError: if the heads are not given and cannot be the published ones, or cross-attention is not regular.
     """
-    width = tensors["visual_encoder.cls_token"].shape[-1]
-    patch = tensors["visual_encoder.patch_embed.proj.weight"].shape[-1]
-    patches = tensors["visual_encoder.pos_embed"].shape[1] - 1
-    hidden = tensors["query_tokens"].shape[-1]
-    layer = "Qformer.bert.encoder.layer."
-    cross = [n for n in hf_names.layers(tensors, layer) if f"{layer}{n}.crossattention.self.key.weight" in tensors]
-    layers = len(hf_names.layers(tensors, layer))
-    every = cross[1] if len(cross) > 1 else layers
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    if cross != list(range(0, layers, every)):
-        raise CheckpointError(
-            f"expected cross-attention in every n-th of the Q-Former's {layers} layers, got it in {cross}"
-        )
     return {
         "model_type": "blip-2",
         "architectures": ["Blip2ForConditionalGeneration"],
         "torch_dtype": str(dtype).replace("torch.", ""),
         "num_query_tokens": tensors["query_tokens"].shape[1],
         "image_token_index": OPT_TOKENS if tensors[hf_names.EMBEDDING].shape[0] > OPT_TOKENS else None,
-        "vision_config": {
-            "model_type": "blip_2_vision_model",
-            "hidden_size": width,
-            "intermediate_size": tensors["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],
-            "num_hidden_layers": len(hf_names.layers(tensors, "visual_encoder.blocks.")),
-            "num_attention_heads": _heads("--vit-heads", "image encoder", width, VIT_HEAD_WIDTH, vit_heads),
-            "image_size": round(patches**0.5) * patch,
-            "patch_size": patch,
-            "hidden_act": "gelu",
-            "layer_norm_eps": VISION_EPS,
-            "attention_dropout": 0.0,
-            "qkv_bias": True,
-        },
-        "qformer_config": {
-            "model_type": "blip_2_qformer",
-            "hidden_size": hidden,
-            "intermediate_size": tensors[f"{layer}0.intermediate_query.dense.weight"].shape[0],
-            "num_hidden_layers": layers,
-            "num_attention_heads": _heads("--qformer-heads", "Q-Former", hidden, QFORMER_HEAD_WIDTH, qformer_heads),
-            "encoder_hidden_size": width,
-            "cross_attention_frequency": every,
-            "max_position_embeddings": (
-                tensors[hf_names.POSITION_IDS].shape[1] if hf_names.POSITION_IDS in tensors else positions({})
-            ),
-            "hidden_act": "gelu",
-            "layer_norm_eps": QFORMER_EPS,
-        },
+        "vision_config": _vision_config(tensors, vit_heads),
+        "qformer_config": _qformer_config(tensors, qformer_heads),
         # Left out: where it was on the machine that made it, and what only that machine's libraries say.
         "text_config": {
             key: value
             for key, value in opt_config.items()
             if key not in ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
         },
+    }
+
+
+def _vision_config(tensors: hf_names.Tensors, heads: Optional[int]) -> Config:
+    width = tensors["visual_encoder.cls_token"].shape[-1]
+    patch = tensors["visual_encoder.patch_embed.proj.weight"].shape[-1]
+    patches = tensors["visual_encoder.pos_embed"].shape[1] - 1
+    return {
+        "model_type": "blip_2_vision_model",
+        "hidden_size": width,
+        "intermediate_size": tensors["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": len(hf_names.layers(tensors, "visual_encoder.blocks.")),
+        "num_attention_heads": _heads("--vit-heads", "image encoder", width, VIT_HEAD_WIDTH, heads),
+        "image_size": round(patches**0.5) * patch,
+        "patch_size": patch,
+        "hidden_act": "gelu",
+        "layer_norm_eps": VISION_EPS,
+        "attention_dropout": 0.0,
+        "qkv_bias": True,
+    }
+
+
+def _qformer_config(tensors: hf_names.Tensors, heads: Optional[int]) -> Config:
+    layer = "Qformer.bert.encoder.layer."
+    cross = [n for n in hf_names.layers(tensors, layer) if f"{layer}{n}.crossattention.self.key.weight" in tensors]
+    layers = len(hf_names.layers(tensors, layer))
+    every = cross[1] if len(cross) > 1 else layers
+    if cross != list(range(0, layers, every)):
+        raise CheckpointError(
+            f"expected cross-attention in every n-th of the Q-Former's {layers} layers, got it in {cross}"
+        )
+    width = tensors["query_tokens"].shape[-1]
+    return {
+        "model_type": "blip_2_qformer",
+        "hidden_size": width,
+        "intermediate_size": tensors[f"{layer}0.intermediate_query.dense.weight"].shape[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": _heads("--qformer-heads", "Q-Former", width, QFORMER_HEAD_WIDTH, heads),
+        "encoder_hidden_size": tensors["visual_encoder.cls_token"].shape[-1],
+        "cross_attention_frequency": every,
+        "max_position_embeddings": (
+            tensors[hf_names.POSITION_IDS].shape[1] if hf_names.POSITION_IDS in tensors else positions({})
+        ),
+        "hidden_act": "gelu",
+        "layer_norm_eps": QFORMER_EPS,
     }
 
 
