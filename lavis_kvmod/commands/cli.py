@@ -3,6 +3,7 @@
 import argparse
 import sys
 from importlib import import_module
+from typing import Optional, Sequence
 
 from lavis_kvmod import __version__, disabled
 from lavis_kvmod.system.quiet import hide_deprecations
@@ -23,9 +24,9 @@ _COMMANDS = {
 }
 
 
-def main(argv=None):
+def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command, and return its exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
     hide_deprecations()
     parser = argparse.ArgumentParser(
         prog="lavis-kvmod",
@@ -36,11 +37,11 @@ def main(argv=None):
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for name, (module_name, text) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        if argv[:1] == [name]:  # a command's module is imported only to be run or to be explained
+        if given[:1] == [name]:  # a command's module is imported only to be run or to be explained
             module = import_module(module_name)
             module.add_arguments(command)
             command.set_defaults(run=module.main)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(given)
     if disabled() and args.command != "doctor":
         parser.error("this command needs the plugin: unset LAVIS_KVMOD_DISABLE")
     return args.run(args) or 0
