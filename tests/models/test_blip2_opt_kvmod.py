@@ -344,14 +344,38 @@ def test_sampled_answers_follow_their_weights(vqa_batch):
         assert abs(first.count(answer) / 400 - weight) < 0.08
 
 
-def test_within_a_run_the_draw_hangs_on_epoch_and_question_alone(vqa_batch):
+def test_the_draw_hangs_on_the_samples_seed_alone(vqa_batch):
     """Not on the random state, nor on what else is in the batch: several processes draw as one does."""
     alone = {**vqa_batch, "answer": vqa_batch["answer"][:3], "weight": vqa_batch["weight"][:3]}
     alone.update(n_answers=vqa_batch["n_answers"][:1], text_input=vqa_batch["text_input"][:1])
-    drawn = [answers_of({**vqa_batch, "epoch": epoch}, draw=True).answers[0] for epoch in range(300)]
-    assert drawn == [answers_of({**alone, "epoch": epoch}, draw=True).answers[0] for epoch in range(300)]
+    drawn = [answers_of({**vqa_batch, "sample_seeds": [seed, 0]}, draw=True).answers[0] for seed in range(300)]
+    assert drawn == [answers_of({**alone, "sample_seeds": [seed]}, draw=True).answers[0] for seed in range(300)]
     for answer, weight in zip(["seven", "one", "nine"], [0.6, 0.3, 0.1]):
         assert abs(drawn.count(answer) / 300 - weight) < 0.08
+
+
+def test_a_drawn_answer_weighs_what_its_questions_answers_weigh(build, vqa_batch, monkeypatch):
+    """A fifth of the weight is a fifth of the loss, whether answers are drawn or all are taken."""
+    two = {**vqa_batch, "answer": ["seven", "red"], "n_answers": torch.tensor([1, 1])}
+
+    def losses(answer_loss, weights):
+        model = build(answer_loss=answer_loss, kv_modulation=False).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            elif hasattr(module, "dropout") and isinstance(module.dropout, float):
+                module.dropout = 0.0
+        return model({**two, "weight": torch.tensor(weights)})
+
+    for weights in ([1.0, 1.0], [0.2, 1.0]):
+        drawn, both = losses("sample", weights), losses("all", weights)
+        assert torch.allclose(drawn["loss"], both["loss"]) and torch.allclose(drawn["loss_weight"], both["loss_weight"])
+    assert not torch.allclose(drawn["loss"], losses("sample", [1.0, 1.0])["loss"])
+    assert answers_of(vqa_batch, draw=True).weights is None  # shares of one question add up to 1
+    shared = answers_of({**vqa_batch, "weight": torch.tensor([0.3, 0.15, 0.05, 1.0])}, draw=True)
+    assert shared.weights.tolist() == [0.5, 1.0]
+    nothing = answers_of({**vqa_batch, "weight": torch.zeros(4)}, draw=True)
+    assert nothing.weights is None and nothing.answers[1] == "red"
 
 
 def test_training_and_evaluation_use_one_prompt(build, vqa_batch):

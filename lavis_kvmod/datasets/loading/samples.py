@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from lavis_kvmod.datasets.loading.images import Views, each_image_once
 from lavis_kvmod.datasets.loading.loader import PADDING, Batch, or_failure
 from lavis_kvmod.datasets.loading.plans import BatchPlan, EpochPlan, SamplePlan
-from lavis_kvmod.datasets.seeding import seeded
+from lavis_kvmod.datasets.seeding import seeded, stable_hash
 
 __all__ = ["SampleSource"]
 
@@ -62,6 +62,8 @@ class SampleSource:
             read = collate(samples)
         if self.plan.images is not None:
             read = each_image_once(read, samples)
+        if "n_answers" in read:  # the model draws an answer for each question under its own seed
+            read["sample_seeds"] = [stable_hash(self.seed, batch.epoch, "answer", index) for index in batch.samples]
         return {**read, PADDING: True} if batch.is_padding else read
 
 

@@ -211,11 +211,14 @@ class BatchStream(IterableDataset):
             yield {**self._batch(coming, 1), PADDING: True}
 
     def _batch(self, coming: "_Coming", size: int) -> Batch:
-        samples = []
+        samples, seeds = [], []
         for _ in range(size):
             row = coming.take()
+            seeds.append(stable_hash(self.seed, self.epoch, "answer", str(row.annotation["instance_id"])))
             samples.append(self.dataset.sample_of(itertools.chain([row], coming), seed=self.seed, epoch=self.epoch))
-        return self.dataset.collater(samples)
+        batch = self.dataset.collater(samples)
+        # Under which the model draws an answer for each question.
+        return {**batch, "sample_seeds": seeds} if "n_answers" in batch and self.dataset.for_training else batch
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,8 @@
 """Which answers a batch of questions is trained on: one a question, drawn by weight, or all of them."""
 
 import random
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from itertools import accumulate
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 
 class Targets(NamedTuple):
     """The answers in the loss, the question (row of the batch) each belongs to (k,), and their weights (k,), or None
-    where all count 1."""
+    where all count 1. What is drawn stands for all answers of its question, and so weighs what they weigh together."""
 
     rows: Tensor
     answers: List[str]
@@ -21,7 +22,9 @@ def answers_of(samples: Mapping[str, Any], *, draw: bool) -> Targets:
 
     Args:
         samples: ``text_input``, ``answer`` (all answers of all questions in one list), ``n_answers`` (b,) and
-            ``weight`` (one for each answer), as LAVIS's collater gives them.
+            ``weight`` (one for each answer), as LAVIS's collater gives them; ``sample_seeds``, a number for each
+            question that the draw hangs on, in our loaders' batches (of run seed, epoch and sample: so neither on what
+            else is in the batch, nor on processes or a resumption). Without, PyTorch's generator draws.
         draw: draw one answer for each question, by weight; else take all, weighted.
 
     Raises:
@@ -39,29 +42,21 @@ def answers_of(samples: Mapping[str, Any], *, draw: bool) -> Targets:
     if not draw:
         rows = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         return Targets(rows, answers, weight)
-    drawn, start = [], 0
-    for question, count in zip(samples["text_input"], counts):
-        choices = slice(start, start + count)
-        rng = _answer_rng(samples.get("epoch"), question, answers[choices])
-        drawn.append(_draw(answers[choices], weight[choices], rng))
-        start += count
-    return Targets(torch.arange(len(counts)), drawn, None)
+    seeds = samples.get("sample_seeds") or torch.randint(2**62, (len(counts),)).tolist()
+    ends = list(accumulate(counts))
+    groups = [slice(end - count, end) for count, end in zip(counts, ends)]
+    drawn, weights = zip(*(_draw(answers[group], weight[group], seed) for group, seed in zip(groups, seeds)))
+    together = None if set(weights) == {1.0} else torch.tensor(weights)
+    return Targets(torch.arange(len(counts)), list(drawn), together)
 
 
-def _draw(answers: Sequence[str], weight: Tensor, rng: random.Random) -> str:
-    """One of the answers; where no weight is above 0 all are alike."""
+def _draw(answers: Sequence[str], weight: Tensor, seed: int) -> Tuple[str, float]:
+    """One of the answers, and what they weigh together; where no weight is above 0 all are alike."""
     weights = weight.clamp(min=0).tolist()
-    if not sum(weights) > 0:
-        weights = [1.0] * len(answers)
-    return rng.choices(answers, weights)[0]
-
-
-def _answer_rng(epoch: Optional[int], question: str, answers: Sequence[str]) -> random.Random:
-    """Draws an answer to train on. Within a run, which tells the epoch, the draw hangs on the question alone, not on
-    how the data is spread over processes or where a run was resumed."""
-    if epoch is None:
-        return random.Random(int(torch.randint(2**62, ())))
-    return random.Random(f"{epoch} {question} {answers}")
+    total = round(sum(weights), 5)  # LAVIS's shares, of float32, add up to 1
+    if not total:
+        weights, total = [1.0] * len(answers), 1.0
+    return random.Random(seed).choices(answers, weights)[0], total
 
 
 def mean_loss(token_loss: Tensor, token_weights: Optional[Tensor]) -> Dict[str, Tensor]:

@@ -268,7 +268,8 @@ def test_equal_image_keys_mean_equal_pixels(write_shard, picture, tmp_path):
 
 def test_a_training_batch_is_lavis_vqa_batch(indexed):
     batch = next(iter(train_data(indexed).make_loader(batch_size=3)))
-    assert set(batch) == {"image", "text_input", "answer", "weight", "n_answers"}
+    assert set(batch) == {"image", "text_input", "answer", "weight", "n_answers", "sample_seeds"}
+    assert len(set(batch["sample_seeds"])) == 3
     assert batch["image"].shape == (3, 3, 16, 16) and batch["weight"].tolist() == [1, 1, 1]
 
 
