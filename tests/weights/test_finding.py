@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lavis_kvmod.models.vision.encoders import BLIP2_FILES
+from lavis_kvmod.models.vision.encoders.registry import BLIP2_FILES
 from lavis_kvmod.weights import downloads, finding
 from lavis_kvmod.weights import files as checkpoints
 from lavis_kvmod.weights.files import CheckpointError
