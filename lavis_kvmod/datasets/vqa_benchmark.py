@@ -13,16 +13,14 @@ __all__ = ["BenchmarkVQABuilder", "BenchmarkVQAEvalData"]
 
 
 class BenchmarkVQAEvalData(VQAEvalData):
-    """Questions by id, and the leaderboard's file.
+    """Questions by id, and the leaderboard's file: evaluation hands its answers to `write_leaderboard`.
 
     Attributes:
         benchmark, split: the file's name is made of; set by the builder.
-        leaderboard: true; evaluation then hands its answers to `write_leaderboard`.
     """
 
     benchmark = "vqa"
     split = "test"
-    leaderboard = True
 
     def write_leaderboard(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
         """Write ``<benchmark>_<split>_leaderboard.json``, what the benchmark's server and official code take.

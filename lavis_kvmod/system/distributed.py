@@ -60,12 +60,6 @@ def leaves_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if is_dist_avail_and_initialized():
-        dist.barrier()
-
-
 def from_main(value: Any) -> Any:
     """Rank 0's ``value``, on every rank."""
     if not is_dist_avail_and_initialized():
@@ -114,7 +108,6 @@ __all__ = [
     "DEFAULT_TIMEOUT",
     "all_reduce_sum",
     "backend_for",
-    "barrier",
     "from_main",
     "gather",
     "get_rank",
