@@ -21,9 +21,12 @@ from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTForCausalLM
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2Tokenizer
 
 from lavis_kvmod import Blip2OPTKVMod
+from lavis_kvmod.models.language.decoding import Search
+from lavis_kvmod.models.language.soft_prompt import continue_texts
 from lavis_kvmod.models.language.text import prompt_batch
 
 LIMIT = 1e-4  # largest difference of a logit
@@ -192,12 +195,14 @@ def outputs(work: Path, checkpoint: Path, inputs: dict) -> dict:
     logits = model.opt_model(
         inputs_embeds=torch.cat([soft_prompt, text], dim=1), attention_mask=inputs["attention_mask"], return_dict=True
     ).logits
-    tokens = []
-    generate = model.opt_model.generate
-    model.opt_model.generate = lambda **search: tokens.append(generate(**search)) or tokens[-1]
-    model.generate({"image": inputs["pixel_values"], "prompt": PROMPTS}, num_beams=1, max_length=NEW_TOKENS)
-    new = tokens[0][:, inputs["input_ids"].shape[1] - QUERIES :]
-    return {"logits": logits, "tokens": new, "mask": inputs["attention_mask"].bool()}
+    tokenizer = model.opt_tokenizer
+    contexts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    added = continue_texts(
+        model.opt_model, tokenizer, soft_prompt, contexts, Search(NEW_TOKENS), stop=model.eos_token_id
+    )
+    new = [torch.tensor(text.ids) for text in added]
+    tokens = pad_sequence(new, batch_first=True, padding_value=tokenizer.pad_token_id)
+    return {"logits": logits, "tokens": tokens, "mask": inputs["attention_mask"].bool()}
 
 
 def compare(ours: dict, theirs: dict) -> dict:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lavis_kvmod.memory.fake import fake_device
 from lavis_kvmod.memory.ledger import Ledger
 from lavis_kvmod.models.blip2_opt_kvmod import Blip2OPTKVMod
+from lavis_kvmod.models.language.decoding import Steps
 from lavis_kvmod.models.language.soft_prompt import full_mask, token_losses
 from lavis_kvmod.models.language.text import TextBatch
 from lavis_kvmod.system.precision import amp_dtype, autocast
@@ -213,40 +214,21 @@ def _generate(
     new_tokens: int,
 ) -> Tuple[int, int]:
     """The most that is held at once by the encoders, the prompt's pass or the last token's; and the cache's bytes."""
-    rows = batch_size * num_beams
     with fake_device(model.eval(), device), torch.no_grad():
-        with _booked(model, device) as ledger, autocast(device, dtype):
-            image = torch.empty(batch_size, 3, model.image_size, model.image_size, device=device)
-            soft_prompt = model.encode({"image": image}).soft_prompt.repeat_interleave(num_beams, dim=0)
-            with model.autocast_for(model.opt_model):
-                opt, text = model.opt_model, _text(rows, text_length, device)
-                embeds = soft_prompt.to(opt.get_input_embeddings().weight.dtype)
-                said = opt(
-                    input_ids=text.input_ids,
-                    attention_mask=full_mask(embeds, text),
-                    query_embeds=embeds,
-                    use_cache=True,
-                )
-                # The Keys and Values of the last token are never asked for, so the cache is one shorter.
-                cache = [[_lengthened(state, new_tokens - 2) for state in layer] for layer in said.past_key_values]
-                del said
-                if new_tokens > 1:  # the new cache is written while the old one is there: a cache twice …
-                    mask = torch.ones(rows, cache[0][0].shape[2] + 1, dtype=torch.long, device=device)
-                    ids = text.input_ids[:, :1]
-                    last = opt(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-                    cache_before, cache = cache, last.past_key_values
-                    if num_beams > 1:  # … and a third time, when the beams that go on are picked
-                        cache_picked = opt._reorder_cache(cache, torch.zeros(rows, dtype=torch.long, device=device))
-                        del cache_picked
-                    del cache_before
-        size = _bytes(state for layer in cache for state in layer)
-        return ledger.peak(), size
-
-
-def _lengthened(state: Tensor, more: int) -> Tensor:
-    """Keys or Values (b, h, n, d) -> (b, h, n + more, d)."""
-    b, h, n, d = state.shape
-    return state.new_empty(b, h, n + max(more, 0), d)
+        with _booked(model, device) as ledger:
+            with autocast(device, dtype):
+                image = torch.empty(batch_size, 3, model.image_size, model.image_size, device=device)
+                soft_prompt = model.encode({"image": image}).soft_prompt
+            opt, text = model.opt_model, _text(batch_size, text_length, device)
+            embedded = opt.get_input_embeddings()(text.input_ids)
+            beginning = torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1)
+            # The Keys and Values of the last token are never asked for.
+            steps = Steps(opt, beginning, full_mask(soft_prompt, text), num_beams, room=new_tokens - 1)
+            if new_tokens > 1:
+                steps.cache.length += new_tokens - 2
+                rows = torch.zeros(batch_size * num_beams, dtype=torch.long, device=device)
+                steps(rows, rows if num_beams > 1 else None)
+        return ledger.peak(), steps.cache.nbytes
 
 
 def _text(rows: int, length: int, device: str) -> TextBatch:

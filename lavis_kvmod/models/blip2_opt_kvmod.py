@@ -19,8 +19,9 @@ from lavis_kvmod.models.base import KVModBase, model_type_files
 from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
 from lavis_kvmod.models.connectors.qformer import QFormerOutput
 from lavis_kvmod.models.language.answers import answers_of, mean_loss
+from lavis_kvmod.models.language.decoding import Search
 from lavis_kvmod.models.language.opt import FrozenOPT
-from lavis_kvmod.models.language.soft_prompt import ScoredAnswer, continue_texts, rank_answers, score, token_losses
+from lavis_kvmod.models.language.soft_prompt import ScoredAnswer, continue_texts, rank_answers, token_losses
 from lavis_kvmod.models.language.text import (
     QUESTION,
     Prompt,
@@ -179,8 +180,7 @@ class Blip2OPTKVMod(KVModBase):
             samples: ``image`` (b, 3, H, H), optionally ``prompt``.
             use_nucleus_sampling: sample with ``top_p`` and ``temperature`` instead of beam search.
             max_length: most new tokens, the prompt not counted.
-            min_length: fewest new tokens in front of the closing newline, as in LAVIS main. (The default does as LAVIS
-                1.0.2's 1, which counts the prompt's.)
+            min_length: fewest new tokens in front of the closing newline, as in LAVIS main; LAVIS 1.0.2's 1 is this 0.
             num_captions: captions for each image.
             return_scores: also say how likely the model finds each text.
 
@@ -188,20 +188,18 @@ class Blip2OPTKVMod(KVModBase):
             b * num_captions strings, the captions of an image together; with ``return_scores`` as `ScoredAnswer`.
         """
         contexts = caption_contexts(self.opt_tokenizer, samples.get("prompt", self.prompt), self.num_samples(samples))
-        return self._continue(
-            self.soft_prompts(samples),
-            contexts,
-            return_scores,
-            do_sample=use_nucleus_sampling,
+        search = Search(
+            max_new_tokens=max_length,
+            num_beams=1 if use_nucleus_sampling else num_beams,
+            min_new_tokens=min_length,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            num_return_sequences=num_captions,
+            sample=use_nucleus_sampling,
             top_p=top_p,
             temperature=temperature,
-            num_beams=1 if use_nucleus_sampling else num_beams,
-            max_new_tokens=max_length,
-            min_length=min_length,
-            repetition_penalty=repetition_penalty,
-            length_penalty=length_penalty,
-            num_return_sequences=num_captions,
         )
+        return self._continue(self.soft_prompts(samples), contexts, search, return_scores)
 
     @torch.no_grad()
     def predict_answers(
@@ -215,8 +213,12 @@ class Blip2OPTKVMod(KVModBase):
         answer_list: Optional[List[str]] = None,
         prompt: Prompt = "",
         length_penalty: float = 0,
+        use_nucleus_sampling: bool = False,
+        top_p: float = 0.9,
+        repetition_penalty: float = 1.0,
+        temperature: float = 1,
         return_scores: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> Union[List[str], List[ScoredAnswer]]:
         """Answer ``samples["text_input"]`` (a question, or one for each image) about ``samples["image"]``.
 
@@ -224,7 +226,7 @@ class Blip2OPTKVMod(KVModBase):
             prompt: frame of the question, with ``{}`` in its place; one for all or a list. Empty takes
                 ``samples["prompt"]``, else the model's prompt if it has a ``{}``, else the bare question.
             inference_method: ``generate`` writes an answer; ``rank`` takes the likeliest of ``answer_list``.
-            num_beams, max_len, min_len, length_penalty: of generation; ``max_len`` is the most new tokens.
+            num_beams, max_len, min_len, …: of generation, as in `generate`; lengths are of new tokens.
             num_ans_candidates, answer_list: see `rank_answers`.
             return_scores: also say how likely the model finds each answer.
 
@@ -245,16 +247,17 @@ class Blip2OPTKVMod(KVModBase):
                     self.opt_model, self.opt_tokenizer, soft_prompt, contexts, answer_list or [], num_ans_candidates
                 )
             return ranked if return_scores else [answer.answer for answer in ranked]
-        return self._continue(
-            soft_prompt,
-            contexts,
-            return_scores,
-            do_sample=False,
-            num_beams=num_beams,
+        search = Search(
             max_new_tokens=max_len,
-            min_length=min_len,
+            num_beams=1 if use_nucleus_sampling else num_beams,
+            min_new_tokens=min_len,
             length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            sample=use_nucleus_sampling,
+            top_p=top_p,
+            temperature=temperature,
         )
+        return self._continue(soft_prompt, contexts, search, return_scores)
 
     def _question_contexts(self, samples: Dict[str, Any], prompt: Prompt = "") -> List[List[int]]:
         """Token ids of each question in its prompt: the same in training and in evaluation."""
@@ -265,19 +268,16 @@ class Blip2OPTKVMod(KVModBase):
         prompt = prompt or samples.get("prompt") or (self.prompt if QUESTION in self.prompt else "")
         return question_contexts(self.opt_tokenizer, questions, prompt, self.max_txt_len)
 
-    def _continue(self, soft_prompt: Tensor, contexts: List[List[int]], return_scores: bool, **search):
+    def _continue(
+        self, soft_prompt: Tensor, contexts: List[List[int]], search: Search, return_scores: bool
+    ) -> Union[List[str], List[ScoredAnswer]]:
         """Let OPT continue each context behind its soft prompt up to the newline; returns what it adds."""
         tokenizer = self.opt_tokenizer
-        with self.autocast_for(self.opt_model):
-            added = continue_texts(self.opt_model, tokenizer, soft_prompt, contexts, stop=self.eos_token_id, **search)
-        texts = [text.strip() for text in tokenizer.batch_decode(added, skip_special_tokens=True)]
+        added = continue_texts(self.opt_model, tokenizer, soft_prompt, contexts, search, stop=self.eos_token_id)
+        texts = [text.strip() for text in tokenizer.batch_decode([a.ids for a in added], skip_special_tokens=True)]
         if not return_scores:
             return texts
-        each = len(added) // len(contexts)
-        contexts = [context for context in contexts for _ in range(each)]
-        with self.autocast_for(self.opt_model):
-            log_probs = score(self.opt_model, tokenizer, soft_prompt.repeat_interleave(each, dim=0), contexts, added)
-        return [ScoredAnswer(*row) for row in zip(texts, log_probs, map(len, added))]
+        return [ScoredAnswer(text, a.log_prob, len(a.ids)) for text, a in zip(texts, added)]
 
     # ------------------------------------------------------------ features
 

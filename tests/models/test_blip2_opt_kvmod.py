@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch.nn.utils.rnn import pad_sequence
 
 from lavis_kvmod import Blip2OPTKVMod
 from lavis_kvmod.models.language.answers import answers_of
+from lavis_kvmod.models.language.soft_prompt import continue_texts
+from lavis_kvmod.models.language.text import prompt_batch
 from lavis_kvmod.weights import files as checkpoints
 from lavis_kvmod.weights import reading
 from lavis_kvmod.weights.files import CheckpointError
@@ -99,9 +102,25 @@ def test_features_are_lavis_features(build, images):
 
 
 def spied(opt_model, monkeypatch):
-    """The token ids that this language model will generate, call by call."""
+    """The token ids that LAVIS's language model will generate, call by call."""
     generate, ids = opt_model.generate, []
     monkeypatch.setattr(opt_model, "generate", lambda *args, **kwargs: ids.append(generate(*args, **kwargs)) or ids[-1])
+    return ids
+
+
+def spied_ours(model, monkeypatch):
+    """The same of our own decoding: prompt and new tokens, padded as transformers does."""
+    ids = []
+
+    def spy(opt, tokenizer, soft_prompt, contexts, search, **kwargs):
+        added = continue_texts(opt, tokenizer, soft_prompt, contexts, search, **kwargs)
+        text = prompt_batch(tokenizer, contexts, "cpu").input_ids.repeat_interleave(len(added) // len(contexts), dim=0)
+        new = [torch.tensor(each.ids) for each in added]
+        padded = pad_sequence(new, batch_first=True, padding_value=tokenizer.pad_token_id)
+        ids.append(torch.cat([text, padded], dim=1))
+        return added
+
+    monkeypatch.setattr("lavis_kvmod.models.blip2_opt_kvmod.continue_texts", spy)
     return ids
 
 
@@ -146,7 +165,7 @@ def test_equal_to_stock(build, stock, images, monkeypatch, ours, prompt):
     assert compared <= trained_by_lavis
 
     del batch["text_input"]
-    ids, expected_ids = spied(model.opt_model, monkeypatch), spied(stock.opt_model, monkeypatch)
+    ids, expected_ids = spied_ours(model, monkeypatch), spied(stock.opt_model, monkeypatch)
     for search in (dict(num_beams=1), dict(num_beams=5), dict(num_beams=4, num_captions=2)):
         assert model.generate({**batch}, max_length=8, **search) == stock.generate({**batch}, max_length=8, **search)
     sampled = dict(use_nucleus_sampling=True, num_captions=2, max_length=8, temperature=1.5)
@@ -160,7 +179,7 @@ def test_equal_to_stock(build, stock, images, monkeypatch, ours, prompt):
 def test_searches_that_end_early_are_those_of_stock(build, stock, images, monkeypatch):
     """A text that has met its newline waits, padded, for the others; such a beam competes with those that go on."""
     model, stock, batch = build(kv_modulation=False).eval(), stock.eval(), {"image": images(4)}
-    ids, expected = spied(model.opt_model, monkeypatch), spied(stock.opt_model, monkeypatch)
+    ids, expected = spied_ours(model, monkeypatch), spied(stock.opt_model, monkeypatch)
     model.generate(batch, num_beams=1, max_length=8)
     liked = model.opt_model.lm_head.weight[ids.pop()[0, -5]].clone()  # what the first text has in its middle
     some_ended = set()
@@ -187,7 +206,8 @@ def test_generation_feeds_one_position_a_step(build, images):
     """With the Key/Value cache used; stock LAVIS recomputes the whole sequence."""
     model = build().eval()
     lengths = []
-    model.opt_model.lm_head.register_forward_hook(lambda _, x, __: lengths.append(x[0].shape[1]))
+    layer = model.opt_model.model.decoder.layers[0]
+    layer.register_forward_hook(lambda _, x, __: lengths.append(x[0].shape[1]))
     model.generate({"image": images(2)}, num_beams=3, max_length=6, min_length=6)
     assert lengths[0] == 5 + 1  # soft prompt and BOS
     assert lengths[1:] and set(lengths[1:]) == {1}

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lavis_kvmod.models.language.decoding import Continuation, Search, decode
 from lavis_kvmod.models.language.positions import require_positions
 from lavis_kvmod.models.language.text import IGNORED, TextBatch, answer_ids, continuation_batch, prompt_batch
-from lavis_kvmod.system.sharding import is_sharded
 from lavis_kvmod.system.text_cleaning import one_line
 
 # Rows that answer ranking has in the language model at once: OPT-2.7B keeps 0.3 MB of Keys and Values a position
@@ -71,43 +71,25 @@ def full_mask(soft_prompt: Tensor, text: TextBatch) -> Tensor:
 
 
 def continue_texts(
-    opt, tokenizer, soft_prompt: Tensor, contexts: Sequence[List[int]], *, stop: int, **search
-) -> List[List[int]]:
-    """Token ids that OPT adds to each context up to the token ``stop``, itself counted; ``search`` is generate's,
-    with ``min_length`` the fewest tokens in front of ``stop``.
+    opt, tokenizer, soft_prompt: Tensor, contexts: Sequence[List[int]], search: Search, *, stop: int
+) -> List[Continuation]:
+    """What OPT adds to each context up to the token ``stop``; several continuations of a context stand together.
 
     Raises:
-        ValueError: if the language model has not so many positions.
+        ValueError: if the language model has not so many positions, or for what cannot be searched.
     """
     text = prompt_batch(tokenizer, contexts, soft_prompt.device)
-    require_positions(opt, soft_prompt.shape[1], text.input_ids.shape[1], search["max_new_tokens"])
-    search["min_new_tokens"] = search.pop("min_length")
-    # transformers 4.26 repeats ids and mask for beams and samples, but not query_embeds.
-    repeats = search.get("num_return_sequences", 1) if search["do_sample"] else search["num_beams"]
-    dtype = opt.get_input_embeddings().weight.dtype
-    generated = opt.generate(
-        input_ids=text.input_ids,
-        attention_mask=full_mask(soft_prompt, text),
-        query_embeds=soft_prompt.to(dtype).repeat_interleave(repeats, dim=0),
-        eos_token_id=stop,
-        pad_token_id=tokenizer.pad_token_id,
-        synced_gpus=is_sharded(opt),  # a rank that is done must go on gathering layers for the others
-        **search,
+    require_positions(opt, soft_prompt.shape[1], text.input_ids.shape[1], search.max_new_tokens)
+    embedded = opt.get_input_embeddings()(text.input_ids)
+    return decode(
+        opt,
+        torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1),
+        full_mask(soft_prompt, text),
+        text.input_ids,
+        search,
+        stop=stop,
+        pad=tokenizer.pad_token_id,
     )
-    return [_up_to(stop, ids) for ids in generated[:, text.input_ids.shape[1] :].tolist()]
-
-
-def _up_to(stop: int, ids: List[int]) -> List[int]:
-    return ids[: ids.index(stop) + 1] if stop in ids else ids
-
-
-def score(
-    opt, tokenizer, soft_prompt: Tensor, contexts: Sequence[List[int]], added: Sequence[List[int]]
-) -> List[float]:
-    """The log-probability of ``added`` behind each context, as the model has it, without a search's penalties."""
-    text = continuation_batch(tokenizer, contexts, added, soft_prompt.device)
-    row, loss = token_losses(opt, soft_prompt, text)
-    return loss.new_zeros(len(contexts)).index_add(0, row, -loss).tolist()
 
 
 def rank_answers(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lavis_kvmod.models.language.decoding import Search
 from lavis_kvmod.models.language.soft_prompt import ROWS_AT_ONCE, continue_texts, rank_answers
 from lavis_kvmod.models.language.text import answer_ids
 
@@ -103,11 +104,11 @@ def test_confidence_of_a_generated_answer(build, images, num_beams):
     contexts = model._question_contexts(batch, PROMPT)
     with torch.no_grad():
         soft_prompt = model.encode(batch).soft_prompt
-        search = dict(do_sample=False, max_new_tokens=12, min_length=1, **settings)
+        search = Search(max_new_tokens=12, min_new_tokens=1, **settings)
         generated = continue_texts(
-            model.opt_model, model.opt_tokenizer, soft_prompt, contexts, stop=model.eos_token_id, **search
+            model.opt_model, model.opt_tokenizer, soft_prompt, contexts, search, stop=model.eos_token_id
         )
-        for i, (context, added) in enumerate(zip(contexts, generated)):
+        for i, (context, (added, _)) in enumerate(zip(contexts, generated)):
             embedded = model.opt_model.get_input_embeddings()(torch.tensor([context + added]))
             inputs = torch.cat([soft_prompt[i : i + 1], embedded], dim=1)
             hidden = model.opt_model.model.decoder(inputs_embeds=inputs).last_hidden_state[0, -len(added) - 1 : -1]
@@ -140,6 +141,10 @@ def test_the_fewest_tokens_are_new_ones(build, images):
     """The prompt's do not count, in answers as in captions."""
     model, batch = build().eval(), asked(images)
     search = dict(num_beams=1, return_scores=True)
+    soft_prompt, contexts = model.encode(batch).soft_prompt, model._question_contexts(batch, PROMPT)
+    begun = continue_texts(model.opt_model, model.opt_tokenizer, soft_prompt, contexts, Search(1), stop=-1)
+    model.eos_token_id = begun[0].ids[0]  # the first answer would end where it begins
+    assert model.predict_answers(batch, prompt=PROMPT, min_len=0, **search)[0].num_tokens == 1
     for least in (1, 9):
         answers = model.predict_answers(batch, prompt=PROMPT, max_len=12, min_len=least, **search)
         captions = model.generate({**batch, "prompt": "a photo of"}, max_length=12, min_length=least, **search)
