@@ -283,8 +283,7 @@ class QFormerModel(nn.Module):
         self._check(query_embeds, input_ids, prefix)
         past_positions = past_key_values[0][0].shape[2] if past_key_values else 0
         # Past text positions continue the numbering; the queries among them have none.
-        past_length = max(past_positions - self.num_queries, 0)
-        hidden_states = self.embeddings(query_embeds, input_ids, past_length)
+        hidden_states = self.embeddings(query_embeds, input_ids, max(past_positions - self.num_queries, 0))
         num_queries = 0 if query_embeds is None else query_embeds.shape[1]
         num_text = 0 if input_ids is None else input_ids.shape[1]
         masks = dict(

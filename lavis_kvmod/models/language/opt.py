@@ -1,7 +1,7 @@
 """The frozen language model: LAVIS's OPT, from a Hugging Face name or folder, or the demo's own."""
 
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional, Tuple
 
 from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTForCausalLM
 from transformers import AutoTokenizer
@@ -79,7 +79,9 @@ def opt_config(name: str, folder: Optional[Path]) -> OPTConfig:
     return OPTConfig(vocab_size=50272, ffn_dim=4 * width, word_embed_proj_dim=width, **geometry)
 
 
-def build_language_model(name: str, *, precision: str = "fp16", use_grad_checkpoint: bool = False, load: bool = True):
+def build_language_model(
+    name: str, *, precision: str = "fp16", use_grad_checkpoint: bool = False, load: bool = True
+) -> Tuple[FrozenOPT, Any]:
     """The frozen OPT and its tokenizer, from a Hugging Face name or folder.
 
     Weights are read file by file and stored in ``precision`` at once, so that no second copy of the model is held.
@@ -100,7 +102,7 @@ def build_language_model(name: str, *, precision: str = "fp16", use_grad_checkpo
         recompute_in_backward(model.model.decoder.layers)
     model.to(DTYPES[precision])
     model.tie_weights()
-    if not load:
+    if not load or folder is None:
         return model, None
 
     state = read_folder(folder, DTYPES[precision])
