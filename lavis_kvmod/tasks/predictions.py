@@ -11,6 +11,9 @@ from lavis_kvmod.weights.files import whole_or_nothing
 # What both official evaluations call a prediction: in JSON beside `prediction`, so that they read the file as it is.
 OFFICIAL_NAMES = ("answer", "caption")
 
+# What makes a spreadsheet take a cell for a formula: an answer could otherwise run one where the file is opened.
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
 
 def confidence(scored) -> Dict[str, Any]:
     """The columns that say how sure the model was, of a ``ScoredAnswer``.
@@ -29,16 +32,17 @@ def confidence(scored) -> Dict[str, Any]:
 def write_predictions(rows: Sequence[Dict[str, Any]], folder: Path, name: str) -> Tuple[Path, Path]:
     """Write ``folder/name.json`` and ``folder/name.csv``, each whole or not at all.
 
-    The CSV is UTF-8 with a head line; lists (answers, references) are JSON within their cell.
+    The CSV is UTF-8 with a head line; lists (answers, references) are JSON within their cell. A text that a spreadsheet
+    would take for a formula (it starts with ``=``, ``+``, ``-`` or ``@``) has an apostrophe before it there.
     """
     json_path, csv_path = folder / f"{name}.json", folder / f"{name}.csv"
     with whole_or_nothing(json_path) as temporary:
         temporary.write_text(to_json(rows), encoding="utf-8")
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in OFFICIAL_NAMES))
     with whole_or_nothing(csv_path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+        writer = csv.writer(file)
+        writer.writerow(map(_cell, columns))
+        writer.writerows([_cell(row.get(column, "")) for column in columns] for row in rows)
     return json_path, csv_path
 
 
@@ -56,7 +60,9 @@ def _finite(value: Any) -> Any:
 
 
 def _cell(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return json.dumps(value, ensure_ascii=False)
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_STARTS) else value
 
 
 __all__: List[str] = ["OFFICIAL_NAMES", "confidence", "to_json", "write_predictions"]

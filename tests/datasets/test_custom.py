@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 from lavis.common.registry import registry
@@ -79,13 +80,19 @@ def as_json(tmp_path, rows, content=lambda rows: rows):
     return path
 
 
-@pytest.mark.parametrize("layout", ["csv", "tsv", "jsonl", "json", "annotations", "data"])
+def as_parquet(tmp_path, rows):
+    pd.DataFrame(rows).to_parquet(tmp_path / "qa.parquet")
+    return tmp_path / "qa.parquet"
+
+
+@pytest.mark.parametrize("layout", ["csv", "tsv", "jsonl", "json", "annotations", "data", "parquet"])
 def test_all_layouts_say_the_same(vqa, write_csv, write_jsonl, tmp_path, layout):
     path = {
         "csv": lambda: write_csv("qa.csv", ROWS),
         "tsv": lambda: write_csv("qa.tsv", ROWS, "\t"),
         "jsonl": lambda: write_jsonl("qa.jsonl", ROWS),
         "json": lambda: as_json(tmp_path, ROWS),
+        "parquet": lambda: as_parquet(tmp_path, ROWS),
     }.get(layout, lambda: as_json(tmp_path, ROWS, lambda rows: {layout: rows}))()
     train = build(vqa(path))["train"]
     assert [row["question"] for row in train.annotation] == [row["question"] for row in ROWS]

@@ -2,7 +2,9 @@
 
 import codecs
 import json
+import sys
 
+import pandas as pd
 import pytest
 
 from lavis_kvmod.datasets.bad_samples import BadDataError
@@ -181,7 +183,7 @@ def test_formats(tmp_path, write_csv):
     with pytest.raises(BadDataError, match="the ending '.data' holds is not known; set format to one of csv, tsv"):
         read_table(path)
     assert values(read_table(path, format="csv")) == ROWS
-    with pytest.raises(BadDataError, match="format: expected one of csv, tsv, json, jsonl; got 'xml'"):
+    with pytest.raises(BadDataError, match="format: expected one of csv, tsv, json, jsonl, parquet; got 'xml'"):
         read_table(path, format="xml")
 
 
@@ -208,3 +210,50 @@ def test_a_long_cell_is_read_and_a_quote_left_open_is_told(tmp_path, delimiter):
     path.write_text(f'"question\n{long}\n')
     with pytest.raises(BadDataError, match="quot"):
         read_table(path, delimiter=delimiter)
+
+
+# ------------------------------------------------------------ Parquet
+
+AS_THEY_ARE = {
+    "image": ["a.jpg", "b.jpg", "c.jpg"],
+    "question_id": ["007", "NA", "1e5"],
+    "image_id": [2**53 + 1, None, 7],
+    "answer": [["null", "it's"], [], ["nan"]],
+    "weight": [[0.5, 0.25], [], None],
+    "question": ["who?\nor what?", "", None],
+}
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".pq"])
+def test_parquet_is_read_without_a_loss(tmp_path, suffix):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({**AS_THEY_ARE, "pixels": [b"x"] * 3}), tmp_path / f"qa{suffix}")
+    table = read_table(tmp_path / f"qa{suffix}", expected=list(AS_THEY_ARE))
+    assert values(table) == [dict(zip(AS_THEY_ARE, row)) for row in zip(*AS_THEY_ARE.values())]
+    assert table.columns == [*AS_THEY_ARE, "pixels"] and table.rows[2].source == f"qa{suffix}, row 3"
+    assert [type(row["image_id"]) for row in values(table)] == [int, type(None), int]
+    assert values(read_table(tmp_path / f"qa{suffix}"))[0]["pixels"] == b"x"
+
+
+def test_parquet_as_pandas_writes_it(tmp_path):
+    pd.DataFrame(ROWS).to_parquet(tmp_path / "qa.parquet")
+    assert values(read_table(tmp_path / "qa.parquet", expected=list(ROWS[0]))) == ROWS
+
+
+def test_what_is_no_parquet(tmp_path, monkeypatch):
+    path = put(tmp_path / "qa.parquet", "image,question\n")
+    with pytest.raises(BadDataError, match="qa.parquet: not readable as Parquet: "):
+        read_table(path)
+    with pytest.raises(BadDataError, match="gone.parquet: not readable as Parquet: "):
+        read_table(tmp_path / "gone.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(BadDataError, match="qa.parquet: Parquet takes pyarrow .*: pip install 'pyarrow<26'"):
+        read_table(path)
+
+
+@pytest.mark.parametrize("text", ["007", "NA", "null", "nan", "None", "1e5", "TRUE", "1_000", "0x10", "-", "#N/A"])
+def test_no_text_is_taken_for_something_else(write_csv, write_jsonl, text):
+    rows = [{"image": "a.jpg", "question_id": text, "answer": text}]
+    assert values(read_table(write_csv("qa.csv", rows))) == values(read_table(write_jsonl("qa.jsonl", rows))) == rows

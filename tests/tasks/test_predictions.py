@@ -37,3 +37,12 @@ def test_confidence_is_the_probability_of_the_answer():
     got = confidence(ScoredAnswer("red", math.log(0.25), 2))
     assert got["confidence"] == pytest.approx(0.25)
     assert got["mean_log_prob"] == pytest.approx(math.log(0.5)) and got["num_tokens"] == 2
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", '=HYPERLINK("http://x","y")'])
+def test_a_text_is_no_formula_of_a_spreadsheet(tmp_path, text):
+    json_path, csv_path = write_predictions([{"id": text, "prediction": text, "log_prob": -0.5}], tmp_path, "val")
+    assert json.loads(json_path.read_text(encoding="utf-8"))[0]["prediction"] == text
+    with open(csv_path, encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row == {"id": f"'{text}", "prediction": f"'{text}", "log_prob": "-0.5"}

@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, Generator, Iterator, List, NamedTuple, O
 from webdataset.handlers import reraise_exception
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from lavis_kvmod.datasets.cells import has_words, read_text, read_texts, read_weight, said
+from lavis_kvmod.datasets.cells import has_words, read_text, read_texts, read_weight, said, short
 from lavis_kvmod.system.text_cleaning import one_line
 
 __all__ = ["CAPTION", "IMAGE_EXTENSIONS", "VQA", "Kind", "Row", "ends_as_a_tar", "rows_by_sample"]
@@ -201,8 +201,15 @@ def _one_a_caption(rows: List[Row], key: str) -> List[Row]:
 def _image_extension(sample: Dict[str, Any]) -> str:
     images = [name for name in IMAGE_EXTENSIONS if name in sample]
     if len(images) != 1:
-        found = ", ".join(sorted(name for name in sample if not name.startswith("__")))
-        raise ValueError(f"expected one image, got {len(images)} (under its key there is {found}); {_NEIGHBOURS}")
+        found = sorted(name for name in sample if not name.startswith("__"))
+        dotted = [name for name in found if name.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS and "." in name]
+        why = _NEIGHBOURS
+        if dotted:
+            name = f"{sample['__key__']}.{dotted[0]}"
+            better = name.rsplit(".", 1)[0].replace(".", "_")
+            why = f"{name} has dots in its name: a key ends at the first; pack it under another name, such as {better}"
+        there = short(", ".join(found))
+        raise ValueError(f"expected one image, got {len(images)} (under its key there is {there}); {why}")
     return images[0]
 
 

@@ -387,6 +387,14 @@ def test_lists_and_line_breaks_in_a_shards_texts():
     assert CAPTION.parse({}, "a red\nhouse") == {"caption": ["a red house"]}
 
 
+def test_dots_in_a_key_are_told(write_shard, tmp_path):
+    """webdataset's keys end at the first dot: these four are one sample with eight members."""
+    samples = [{"__key__": f"photo.v{i}", "jpg": b"x", "txt": b"a house"} for i in range(4)]
+    (problem,) = problems_of(write_shard(tmp_path / "a.tar", samples), CAPTION)
+    assert "photo.v0.jpg has dots in its name: a key ends at the first; pack it under another name" in problem
+    assert problem.endswith("such as photo_v0") and "stand together" not in problem
+
+
 def test_a_brace_without_its_other_half_is_a_config_problem():
     with pytest.raises(BadDataError, match="brace without its other half"):
         find_shards(["train-{000..003.tar"])
