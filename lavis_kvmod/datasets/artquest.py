@@ -11,7 +11,7 @@ __all__ = ["ArtQuestBuilder"]
 
 
 class ArtQuestBuilder(CustomVQABuilder):
-    """`CustomVQABuilder` with ArtQuest's file names as defaults."""
+    """``artquest``: questions about paintings. `CustomVQABuilder` with ArtQuest's file names as defaults."""
 
     files_from = "get the CSV files of https://zenodo.org/records/10453925, put them there"
     images_from = "get the folder Images of SemArt (https://arxiv.org/abs/1810.09617), put it there"

@@ -24,8 +24,9 @@ SHAPES = ("circle", "rectangle", "triangle")
 
 
 class EasyVQABuilder(VQABuilder):
-    """The splits ``train`` (3,600 drawings), ``val`` (400 taken from train, by seed) and ``test`` (1,000).
+    """``easy_vqa``: drawings of a coloured shape: what colour, what shape, is there such a one.
 
+    The splits are ``train`` (3,600 drawings), ``val`` (400 taken from train, by seed) and ``test`` (1,000).
     ``question_type`` is ``colour``, ``shape``, ``has colour`` or ``has shape``; ``answer_type`` is ``yes/no`` or
     ``other``.
     """

@@ -15,7 +15,9 @@ __all__ = ["TextVQABuilder"]
 
 
 class TextVQABuilder(OfficialVQABuilder):
-    """A split is one file, ``{"data": [{"question_id", "image_id", "question", "answers": [text, …]}, …]}``; test has
+    """``textvqa``: questions about text in images.
+
+    A split is one file, ``{"data": [{"question_id", "image_id", "question", "answers": [text, …]}, …]}``; test has
     no answers.
 
     Its server and evaluation code take what VQA's do. That code normalises people's answers too, where VQA's leaves

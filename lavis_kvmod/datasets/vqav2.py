@@ -140,7 +140,10 @@ def _pattern(section: DictConfig) -> str:
 
 
 class VQAv2Builder(OfficialVQABuilder):
-    """A split is a file of ``questions`` and one of ``annotations``, left out where the answers are not published."""
+    """``vqav2``: questions about COCO's photographs, from the published files.
+
+    A split is a file of ``questions`` and one of ``annotations``, left out where the answers are not published.
+    """
 
     benchmark = "vqav2"
     DATASET_CONFIG_DICT = {"default": "configs/datasets/vqav2/defaults.yaml"}

@@ -1,4 +1,4 @@
-"""The model, in the order the image travels:
+"""The model, in the order the image travels: ``vision``, ``connectors``, ``language``.
 
 ``vision`` (image encoder and auxiliary encoder) -> ``connectors`` (Key/Value prefix, Q-Former) -> ``language`` (prompt,
 OPT, answer). ``blip2_opt_kvmod`` is the figure; ``base`` is what all members of the family share. ``settings`` declares

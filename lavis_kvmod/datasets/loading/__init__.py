@@ -1,1 +1,1 @@
-"""Samples to batches: `plans` (which samples a batch holds), `sources` (reading them), `loader` (worker processes)."""
+"""Samples to batches: `plans` (which samples a batch holds), `samples` (reading them), `loader` (worker processes)."""
