@@ -53,9 +53,8 @@ def test_commands_answer(module):
 
 def test_the_pages_name_every_command_and_model_type():
     assert found(r"python -m (lavis\.\w+)") == ["lavis.evaluate", "lavis.train"]
-    table = (
-        (ROOT / "README.md").read_text(encoding="utf-8").partition("\n| `lavis-kvmod …` | |\n")[2].partition("\n\n")[0]
-    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("\n| `lavis-kvmod …` | |\n")[2].partition("\n\n")[0]
     assert sorted(re.findall(r"`(\w+)`(?=[^|]* \| )", table)) == sorted(_COMMANDS)
     for name in Blip2OPTKVMod.PRETRAINED_MODEL_CONFIG_DICT:
         assert f"`{name}`" in TEXT
