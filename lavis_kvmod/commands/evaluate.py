@@ -2,7 +2,8 @@
 validation splits). Prints the metrics, and writes them with examples into the run's output folder: metrics.json,
 report.md, and all predictions under result/.
 
-The model is the one the run file names (model.finetuned with model.load_finetuned=true, or its pretrained weights).
+The model is the one the run file names (model.finetuned with model.load_finetuned=true, or its pretrained weights),
+with the trained weights of run.resume_ckpt_path if that names a checkpoint.
 """
 
 from typing import Any, Dict, Optional, Sequence

@@ -2,23 +2,36 @@
 
 import difflib
 import logging
+import os
 from typing import TYPE_CHECKING, Dict, List, Sequence
 
 import lavis.common.optims  # noqa: F401  (registers the learning-rate schedules)
 import torch
 from lavis.common.registry import registry
+from lavis.common.utils import is_url
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_kvmod.config.keys import run_settings, unread_keys
+from lavis_kvmod.models.language.positions import length_problems
 from lavis_kvmod.models.settings import ARCH, ModelSettings, SettingsError
+from lavis_kvmod.system.distributed import launched_rank
+from lavis_kvmod.system.paths import CACHE, NO_HOME, cannot_be_written, has_home
 from lavis_kvmod.system.precision import amp_problems, cuda_capability
 from lavis_kvmod.system.sharding import sharding_problems
+from lavis_kvmod.tasks.settings import TASK_SETTINGS, GenerationSettings, VQASettings
 from lavis_kvmod.weights.finding import WeightFile
 
 if TYPE_CHECKING:
     from lavis_kvmod.config.loading import KVModConfig
 
-__all__ = ["image_size_problems", "model_problems", "name_problems", "run_problems", "tell_unread_keys"]
+__all__ = [
+    "image_size_problems",
+    "model_problems",
+    "name_problems",
+    "run_problems",
+    "tell_unread_keys",
+    "too_long_problems",
+]
 
 SECTIONS = ("model", "datasets", "run", "env", "preprocess")
 
@@ -90,7 +103,9 @@ def run_problems(run: DictConfig, starts: bool) -> List[str]:
     problems = list(told)
     wrong = {problem.partition(":")[0] for problem in problems}
     if "run.device" not in wrong:
-        problems += _device_problems(run, check_amp="run.amp" not in wrong)
+        problems += _device_problems(run, starts, check_amp="run.amp" not in wrong)
+    if "run.output_dir" not in wrong:
+        problems += [f"run.output_dir: {problem}" for problem in cannot_be_written(run.output_dir)]
     problems += sharding_problems(run, starts)
     resume = run.get("resume_ckpt_path")
     if resume and resume != "auto":
@@ -99,12 +114,19 @@ def run_problems(run: DictConfig, starts: bool) -> List[str]:
     return problems
 
 
-def _device_problems(run: DictConfig, check_amp: bool) -> List[str]:
+def _device_problems(run: DictConfig, starts: bool, check_amp: bool) -> List[str]:
     try:
-        device_type = torch.device(run.device).type
+        device = torch.device(run.device)
     except RuntimeError:
         return [f"run.device: expected cuda or cpu, got {run.device!r}"]
-    problems = []
+    device_type, problems = device.type, []
+    if device.index:
+        problems.append(
+            f"run.device: {device} cannot work, since LAVIS puts batches on the first GPU it sees; set run.device: "
+            f"cuda, and CUDA_VISIBLE_DEVICES={device.index} in the environment"
+        )
+    elif device_type == "cuda" and device.index == 0 and starts and launched_rank(os.environ) is not None:
+        problems.append("run.device: cuda:0 puts all processes on one GPU; set run.device: cuda, and each has its own")
     capability = cuda_capability() if device_type == "cuda" else None
     if device_type == "cuda" and capability is None:
         problems.append("run.device: cuda, but this machine (or this PyTorch) has no CUDA; set run.device: cpu")
@@ -127,11 +149,43 @@ def model_problems(model: DictConfig) -> List[str]:
     try:
         settings = ModelSettings.from_config(model)
         files = settings.weight_files()
+        homeless = _home_problems(files)
+        if homeless:  # nothing more can be looked up
+            return homeless
     except SettingsError as error:
         return [f"model.{problem}" for problem in error.problems]
     except ImportError as error:
         return [f"model.aux_encoder: {error}"]
     return [problem for file in files for problem in [file.problem()] if problem]
+
+
+def _home_problems(files: Sequence[WeightFile]) -> List[str]:
+    """Caches that would lie in a home folder, where there is none."""
+    if has_home():
+        return []
+    needed = {
+        CACHE: any(file.build is not None for file in files),
+        "TORCH_HOME": any(is_url(str(file.source)) for file in files if file.build is None),
+    }
+    return [f"{NO_HOME}, or {name}" for name, asked in needed.items() if asked and not os.environ.get(name)]
+
+
+def too_long_problems(cfg: "KVModConfig") -> List[str]:
+    """Whether what a run of ours trains on and generates fits the language model's positions, as far as is known."""
+    declared = TASK_SETTINGS.get(cfg.run_cfg.task)
+    if cfg.model_cfg.arch != ARCH or declared is None or not issubclass(declared, GenerationSettings):
+        return []
+    model, wrong = ModelSettings.check(cfg.model_cfg)
+    task, also_wrong = declared.check(cfg.run_cfg)
+    if wrong or also_wrong:  # told by themselves
+        return []
+    return length_problems(
+        opt_model=model.opt_model,
+        num_query_token=model.num_query_token,
+        max_txt_len=model.max_txt_len,
+        max_len=task.max_len,
+        prompt=None if isinstance(task, VQASettings) else model.prompt,
+    )
 
 
 def image_size_problems(cfg: "KVModConfig") -> List[str]:

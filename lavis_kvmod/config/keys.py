@@ -23,7 +23,7 @@ class Table(NamedTuple):
 
 # Tables by the name that their place in the page has.
 TABLES: Dict[str, Table] = {
-    "model-lavis": Table("model", Blip2OPTSettings, ("arch", "load_pretrained", "apply_lemmatizer")),
+    "model-lavis": Table("model", Blip2OPTSettings, ("arch", "apply_lemmatizer")),
     "model": Table("model", ModelSettings),
     "run-lavis": Table("run", RunSettings),
     "run": Table("run", RunnerSettings),
@@ -46,19 +46,24 @@ def run_defaults() -> Dict[str, Any]:
 
 def unread_keys(run: Mapping[str, Any]) -> List[str]:
     """The keys of a run section that nothing reads in this run, with the reason or the key that may be meant."""
-    readers: Dict[str, str] = {name: f"{OUR_RUNNER} alone reads it" for name in RunnerSettings.model_fields}
-    for task, declared in TASK_SETTINGS.items():
-        readers.update({name: f"task {task} alone reads it" for name in declared.model_fields if name not in readers})
     known = {name for declared in run_settings(run) for name in declared.model_fields}
-    is_ours = run.get("task") in TASK_SETTINGS
+    runners = {name: f"{OUR_RUNNER} alone reads it" for name in RunnerSettings.model_fields}
+    tasks = {
+        name: f"task {task} alone reads it"
+        for task, declared in TASK_SETTINGS.items()
+        for name in declared.model_fields
+    }
+    elsewhere = {**tasks, **NOT_READ, **runners}
+    if run.get("task") not in TASK_SETTINGS:  # LAVIS's, or a user's own: it may read what ours do
+        known |= {*tasks, *NOT_READ}
     told = []
     for name in run:
-        if name in known or (not is_ours and (name in readers or name in NOT_READ)):
+        if name in known:
             continue
-        if name in NOT_READ or name in readers:
-            told.append(f"run.{name}: changes nothing here, {NOT_READ.get(name) or readers[name]}")
+        if name in elsewhere:
+            told.append(f"run.{name}: changes nothing here, {elsewhere[name]}")
             continue
-        close = difflib.get_close_matches(name, [*known, *readers], n=1)
+        close = difflib.get_close_matches(name, {*known, *elsewhere}, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         told.append(f"run.{name}: not a key that LAVIS or lavis-kvmod reads{hint}")
     return told

@@ -2,6 +2,7 @@
 what is looked at stands in `checking`."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any, List, Sequence, Union
 
@@ -16,6 +17,7 @@ from lavis_kvmod.config.checking import (
     name_problems,
     run_problems,
     tell_unread_keys,
+    too_long_problems,
 )
 from lavis_kvmod.config.keys import OUR_RUNNER, run_defaults, run_settings
 from lavis_kvmod.datasets.checks import data_problems, keep_used_splits, kind_problems
@@ -23,6 +25,7 @@ from lavis_kvmod.models.settings import ARCH, ModelSettings
 from lavis_kvmod.system.lavis_paths import use_cache_root
 from lavis_kvmod.system.paths import resolve_config
 from lavis_kvmod.system.schema import ConfigurationError
+from lavis_kvmod.system.secrets import without_secrets
 
 __all__ = ["ARCH", "KVModConfig", "load_config", "read_config"]
 
@@ -38,6 +41,10 @@ class KVModConfig(Config):
         self.config = merged
         if self.config.run.get("runner") is None:
             self.config.run.runner = OUR_RUNNER if self.config.model.arch == ARCH else "runner_base"
+
+    def _convert_node_to_json(self, node: Any) -> str:
+        """For LAVIS's ``pretty_print``, which would print what comes from the environment."""
+        return json.dumps(without_secrets(node), indent=4, sort_keys=True)
 
     @staticmethod
     def build_model_config(config: DictConfig, **kwargs: Any) -> DictConfig:
@@ -81,7 +88,7 @@ def load_config(
     _add_image_processors(cfg)
     if not data_only:
         problems = run_problems(cfg.run_cfg, starts) + model_problems(cfg.model_cfg) + image_size_problems(cfg)
-        problems += kind_problems(cfg)
+        problems += too_long_problems(cfg) + kind_problems(cfg)
         tell_unread_keys(cfg.run_cfg)
     ranks = cfg.run_cfg.get("inference_method") == "rank" and not cfg.run_cfg.get("answer_list")
     # What is packed may be ranked later.

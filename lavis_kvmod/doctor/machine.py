@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
-from lavis_kvmod.doctor.findings import NOTE, OK, WARN, Finding
+from lavis_kvmod.doctor.findings import MISSING, NOTE, OK, WARN, Finding
 
 GIB = 2**30
 BF16_CAPABILITY = (8, 0)  # Ampere
@@ -161,9 +161,14 @@ def nearest(path: Path) -> Path:
 
 def places() -> List[Finding]:
     """The folders that everything lies in."""
-    from lavis_kvmod.system.paths import cache_dir
+    from lavis_kvmod.system.paths import CACHE, NO_HOME, cache_dir, has_home
 
     found = []
+    if not has_home():
+        caches = {"TORCH_HOME": torch_hub, "HF_HOME": hf_cache, CACHE: cache_dir}
+        lacking = [name for name in caches if not os.environ.get(name)]
+        if lacking:
+            return [Finding(MISSING, f"{NO_HOME}, or {', '.join(lacking)}")]
     registry = getattr(sys.modules.get("lavis.common.registry"), "registry", None)
     root = registry.get_path("cache_root") if registry else os.environ.get("LAVIS_CACHE_ROOT")
     if root:

@@ -25,7 +25,7 @@ from lavis_kvmod.memory.runs import (
     with_allowance,
 )
 from lavis_kvmod.models.settings import ModelSettings, SettingsError
-from lavis_kvmod.runners.saving import KEEP_LAST
+from lavis_kvmod.runners.settings import RunnerSettings
 from lavis_kvmod.system.paths import absolute, resolve_config
 from lavis_kvmod.system.precision import amp_dtype
 from lavis_kvmod.system.schema import ConfigurationError
@@ -79,7 +79,7 @@ def run_file_findings(cfg_path: str, options: Sequence[str], machine: Machine) -
     either = training or evaluation
     found += weight_findings(sound, either.weights if either else {})
     if training is not None and not any(problem.startswith("run.keep_last:") for problem in problems):
-        keep_last = cfg.run_cfg.get("keep_last", None) or KEEP_LAST
+        keep_last = cfg.run_cfg.get("keep_last", None) or RunnerSettings.default_of("keep_last")
         found += output_findings(absolute(cfg.run_cfg.output_dir), training.gradients, keep_last)
     return found + memory_findings(cfg, settings, machine, training, evaluation)
 

@@ -26,7 +26,7 @@ class Blip2OPTSettings(Settings):
 
     load_finetuned: bool = key(True, "load `finetuned`, else `pretrained`")
     finetuned: Optional[str] = key(None, "this checkpoint (LAVIS's or ours; path or URL)")
-    load_pretrained: bool = key(True, "LAVIS's; without `load_finetuned`, `pretrained` alone decides")
+    load_pretrained: bool = key(True, "`false`, with `load_finetuned: false`: load neither")
     pretrained: Optional[str] = key(None, "this one; `null` starts the Q-Former from random weights")
 
     vit_model: str = key("eva_clip_g", "the image encoder: `eva_clip_g`, `clip_L`, `demo`")
@@ -115,6 +115,8 @@ class ModelSettings(Blip2OPTSettings):
 
     def checkpoint(self) -> Optional[WeightFile]:
         """The BLIP-2 (or our own) checkpoint to load, if one is asked for."""
+        if not (self.load_finetuned or self.load_pretrained):
+            return None
         name = "finetuned" if self.load_finetuned else "pretrained"
         source = getattr(self, name)
         return WeightFile(f"{name} checkpoint", source, f"model.{name}") if source else None

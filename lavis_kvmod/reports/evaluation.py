@@ -47,11 +47,12 @@ def provenance(cfg: Any, cfg_path: str, options: Sequence[str]) -> Dict[str, Any
     """What was evaluated, and with what; no dates, so that equal runs give equal files."""
     model, run = cfg.model_cfg, cfg.run_cfg
     key = "finetuned" if model.get("load_finetuned", True) and model.get("finetuned", None) else "pretrained"
+    checkpoint = run.get("resume_ckpt_path", None) or model.get(key, None)  # loaded last
     versions = {name: _version(name) for name in _PACKAGES}
     return {
         "run_file": str(cfg_path),
         "options": list(options),
-        "model": {"arch": model.arch, "model_type": model.get("model_type", None), "checkpoint": model.get(key, None)},
+        "model": {"arch": model.arch, "model_type": model.get("model_type", None), "checkpoint": checkpoint},
         "task": run.task,
         "data": {name: section.get("type", "default") for name, section in cfg.datasets_cfg.items()},
         "versions": {"python": platform.python_version(), "lavis-kvmod": __version__, **versions},

@@ -13,6 +13,7 @@ from lavis.runners.runner_base import RunnerBase
 from lavis_kvmod.datasets.bad_samples import BadSampleCounter
 from lavis_kvmod.datasets.loading.loader import PADDING
 from lavis_kvmod.runners.pace import Pace
+from lavis_kvmod.runners.settings import RunnerSettings
 from lavis_kvmod.runners.signals import Stopped
 from lavis_kvmod.runners.training_state import get_rng_state, set_rng_state
 from lavis_kvmod.system.distributed import gather
@@ -20,11 +21,11 @@ from lavis_kvmod.system.progress import Progress
 
 __all__ = ["TrainsEpochs"]
 
-MAX_BAD_STEPS = 3
-
 
 class TrainsEpochs(RunnerBase):
     """A part of the runner: reads its `state`, `train_loader`, `gradient_step` and `schedule`; moves `state` on."""
+
+    settings: RunnerSettings
 
     def train_epoch(self, epoch: int) -> Dict[str, Any]:
         """Train what is left of an epoch; returns its facts for log.txt.
@@ -110,7 +111,7 @@ class TrainsEpochs(RunnerBase):
                 state.grad_norm_max = max(state.grad_norm_max, result.grad_norm)
             return
         state.bad_steps += 1
-        allowed = int(self._run_key("max_bad_steps", MAX_BAD_STEPS))
+        allowed = self.settings.max_bad_steps
         where = f"{result.problem} in epoch {state.epoch}, batch {i}"
         if state.bad_steps > allowed:
             raise FloatingPointError(
@@ -131,7 +132,7 @@ class TrainsEpochs(RunnerBase):
         return counter
 
     def _save_in_between(self, epoch: int, stop: bool) -> None:
-        every = self._run_key("save_every_n_iters", None)
+        every = self.settings.save_every_n_iters
         done, before = self.state.batch, self.state.batch - self.accum_grad_iters
         if stop or (every is not None and done // every > before // every):
             self._save_checkpoint(epoch)

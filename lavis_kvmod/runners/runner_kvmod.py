@@ -11,6 +11,7 @@ import datetime
 import logging
 import math
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -29,6 +30,7 @@ from lavis_kvmod.runners.run_folder import BEST, RunFolder, checkpoint_problem, 
 from lavis_kvmod.runners.run_log import RunLog
 from lavis_kvmod.runners.saving import SavesRuns
 from lavis_kvmod.runners.schedules import Schedule
+from lavis_kvmod.runners.settings import RunnerSettings
 from lavis_kvmod.runners.signals import StopSignals
 from lavis_kvmod.runners.steps import GradientStep
 from lavis_kvmod.runners.training_state import RunState
@@ -51,11 +53,17 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
     def __init__(self, cfg, task, model, datasets, job_id, folder: Optional[RunFolder] = None):
         self.folder = folder
         super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
+        self._load_what_is_evaluated()
         self.state = RunState()
         self.log = RunLog(self.output_dir, active=is_main_process())
         self.signals = StopSignals()
         self._gradient_step: Optional[GradientStep] = None
         self._schedule: Optional[Schedule] = None
+
+    @cached_property
+    def settings(self) -> RunnerSettings:
+        """The keys of the run section, checked."""
+        return RunnerSettings.of(self.config.run_cfg)
 
     @classmethod
     def open_folder(cls, run_cfg, name: Optional[str] = None) -> RunFolder:
@@ -70,7 +78,7 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
 
         def choose() -> Tuple[Path, Optional[Path], bool]:
             output_dir = Path.cwd() / Path(run_cfg.output_dir).expanduser()
-            resume = None if run_cfg.evaluate else run_cfg.get("resume_ckpt_path", None)
+            resume = run_cfg.get("resume_ckpt_path", None)
             checkpoint = None
             if resume and resume != "auto":
                 checkpoint = WeightFile("checkpoint to resume from", resume, "run.resume_ckpt_path").fetch()
@@ -115,7 +123,7 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
                 if parameter.requires_grad:  # a GradScaler cannot unscale fp16 gradients
                     parameter.data = parameter.data.float()
             ignored: List[str] = []
-            if self._run_key("fsdp", False):
+            if self.settings.fsdp:
                 ignored = shard_language_model(model, self.device.type)
             self._model = model.to(self.device)
             if self.use_distributed:
@@ -133,7 +141,7 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
     @property
     def amp(self):
         """``run.amp``: see `lavis_kvmod.system.precision`."""
-        return self._run_key("amp", False)
+        return self.settings.amp
 
     @property
     def scaler(self):
@@ -168,7 +176,6 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
     def gradient_step(self) -> GradientStep:
         """What adds up gradients and steps."""
         if self._gradient_step is None:
-            max_norm = self._run_key("max_grad_norm", None)
             self._gradient_step = GradientStep(
                 model=self.model,
                 inner=self.unwrap_dist_model(self.model),
@@ -176,22 +183,18 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
                 optimizer=self.optimizer,
                 scaler=self.scaler,
                 autocast=self.autocast,
-                max_grad_norm=None if max_norm is None else float(max_norm),
+                max_grad_norm=self.settings.max_grad_norm,
                 world_size=get_world_size(),
                 device=self.device,
             )
         return self._gradient_step
-
-    def _run_key(self, key: str, default):
-        value = self.config.run_cfg.get(key, None)
-        return default if value is None else value
 
     # ------------------------------------------------------------ data
 
     @property
     def valid_splits(self) -> List[str]:
         """As LAVIS's, which logs a line at each look where there are none."""
-        return list(self._run_key("valid_splits", ()))
+        return self.settings.valid_splits
 
     @property
     def dataloaders(self) -> Dict[str, Any]:
@@ -208,8 +211,8 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
                 self.datasets,
                 self._loader,
                 seed=int(self.config.run_cfg.seed),
-                ratios=self._run_key("train_dataset_ratios", None) if is_mixed else None,
-                num_batches=self._run_key("iters_per_inner_epoch", None) if is_mixed else None,
+                ratios=self.settings.train_dataset_ratios if is_mixed else None,
+                num_batches=self.settings.iters_per_inner_epoch if is_mixed else None,
             )
         return self._dataloaders
 
@@ -233,14 +236,14 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
     @property
     def max_epoch(self) -> int:
         """``run.max_epoch``; with ``run.max_iters`` as many as have so many batches, the last one cut short."""
-        max_iters = self._run_key("max_iters", None)
+        max_iters = self.settings.max_iters
         if max_iters is None or self.evaluate_only:
             return int(self.config.run_cfg.max_epoch)
         return -(-int(max_iters) // len(self.train_loader))
 
     def batches_in(self, epoch: int) -> int:
         """How many batches of an epoch are trained on."""
-        whole, max_iters = len(self.train_loader), self._run_key("max_iters", None)
+        whole, max_iters = len(self.train_loader), self.settings.max_iters
         return whole if max_iters is None else min(whole, int(max_iters) - epoch * whole)
 
     def _groups_by_image(self) -> bool:
@@ -249,7 +252,7 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
         Raises:
             ValueError: if the model does not.
         """
-        wanted, can = self._run_key("group_by_image", "auto"), hasattr(self._model, "soft_prompts")
+        wanted, can = self.settings.group_by_image, hasattr(self._model, "soft_prompts")
         if wanted == "auto":
             return can and getattr(self.task, "target", None) == "answer"
         if wanted and not can:
@@ -298,8 +301,8 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
         self.log.start(
             config,
             self._batches_done(),
-            tensorboard=self._run_key("tensorboard", "auto"),
-            wandb=config["run"].get("wandb"),
+            tensorboard=self.settings.tensorboard,
+            wandb=self.settings.wandb,
         )
         if self.state.epoch >= self.max_epoch:
             logging.info("%s is trained: all %d epochs are done; only testing it", self.output_dir, self.max_epoch)
@@ -322,7 +325,7 @@ class RunnerKVMod(TrainsEpochs, SavesRuns, RunnerBase):
         self._stop_if_asked()
 
     def _out_of_patience(self) -> bool:
-        patience = self._run_key("patience", None)
+        patience = self.settings.patience
         waited = self.state.validations_since_best
         if patience is None or waited < patience:
             return False

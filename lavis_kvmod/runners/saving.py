@@ -6,22 +6,23 @@ from typing import Any, Dict
 
 import torch
 from lavis.common.dist_utils import is_main_process
-from omegaconf import OmegaConf
 
 from lavis_kvmod.runners import resuming
 from lavis_kvmod.runners.run_folder import BEST, checkpoint_problem
+from lavis_kvmod.runners.settings import RunnerSettings
 from lavis_kvmod.runners.training_state import RunState, get_rng_state
 from lavis_kvmod.system.distributed import gather, get_rank, get_world_size, on_main
+from lavis_kvmod.system.secrets import without_secrets
 from lavis_kvmod.weights import files, reading
 from lavis_kvmod.weights.files import CheckpointError
 
 __all__ = ["SavesRuns"]
 
-KEEP_LAST = 2
-
 
 class SavesRuns:
     """Mix-in: between the runner's model, `optimizer`, `scaler`, `state` and `log`, and its `folder`."""
+
+    settings: RunnerSettings
 
     def _save_checkpoint(self, cur_epoch: int, is_best: bool = False, in_place: bool = False) -> None:
         """Write what is trained, and all that a resumed run needs to go on as if nothing had happened. All ranks call
@@ -53,7 +54,7 @@ class SavesRuns:
             if is_best:
                 path = self.folder.save_best(contents)
             else:
-                keep = int(self._run_key("keep_last", KEEP_LAST))
+                keep = self.settings.keep_last
                 path = self.folder.save_last(contents, keep=keep, in_place=in_place)
             logging.info("saved %s (epoch %d)", path, cur_epoch)
 
@@ -98,6 +99,18 @@ class SavesRuns:
         self.start_epoch = self.state.epoch
         logging.info("resumed from %s at epoch %d, batch %d", url_or_filename, self.state.epoch, self.state.batch)
 
+    def _load_what_is_evaluated(self) -> None:
+        """The trained weights of ``resume_ckpt_path``, in an evaluation (LAVIS passes over it, runner_base.py:364, and
+        evaluates the model that the run file names).
+
+        Raises:
+            CheckpointError: if they do not fit.
+        """
+        path = self.folder.checkpoint
+        if self.evaluate_only and path is not None:
+            self._load_trained(self._model, files.read(path), path)
+            logging.info("evaluating the weights of %s (run.resume_ckpt_path)", path)
+
     @staticmethod
     def _load_trained(model, state: Dict[str, Any], source) -> None:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -105,7 +118,7 @@ class SavesRuns:
         reading.load_weights(model, state["model"], source=source, may_lack=frozen)
 
     def _resolved_config(self) -> Dict[str, Any]:
-        return OmegaConf.to_container(self.config.config, resolve=True)
+        return without_secrets(self.config.config)
 
 
 def _check_finite(weights: Dict[str, torch.Tensor]) -> None:

@@ -75,9 +75,21 @@ class RunSettings(Settings):
 
     def conflicts(self) -> List[str]:
         """Keys that do not go together."""
+        found = []
         if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:
-            return ["lr_decay_rate: linear_warmup_step_lr needs it, a number above 0, at most 1; got none"]
-        return []
+            found.append("lr_decay_rate: linear_warmup_step_lr needs it, a number above 0, at most 1; got none")
+        if self.evaluate and self.resume_ckpt_path == "auto":
+            found.append("resume_ckpt_path: auto goes on with a training; an evaluation takes the path of a checkpoint")
+        if not self.evaluate and not self.train_splits:
+            found.append(
+                "train_splits: names no split, so there is nothing to train; set run.evaluate: true, or [train]"
+            )
+        elif not self.evaluate and self.train_splits != ["train"]:  # the others are read as they are evaluated
+            found.append(
+                f"train_splits: what is trained on is the split 'train', got {', '.join(self.train_splits)}; to train "
+                "on more, name its files there, too: build_info.annotations.train.storage: [train.csv, val.csv]"
+            )
+        return found
 
 
 class RunnerSettings(RunSettings):

@@ -3,7 +3,8 @@
 import contextlib
 import datetime
 import os
-from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence
+import re
+from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,32 +19,77 @@ def backend_for(device_type: str) -> str:
     return "nccl" if device_type == "cuda" else "gloo"
 
 
+class Launch(NamedTuple):
+    """What started this process tells it: its rank among how many, its rank on this machine, where they meet."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: Optional[str] = None  # None: torchrun has set it
+    port: Optional[int] = None
+
+
 def launched_rank(env: Mapping[str, str]) -> Optional[int]:
-    """This process's rank if ``torchrun`` started it, else None."""
-    return int(env["RANK"]) if "RANK" in env and "WORLD_SIZE" in env else None
+    """This process's rank if ``torchrun`` or ``srun`` started it as one of several, else None."""
+    launch = launch_of(env)
+    return None if launch is None else launch.rank
 
 
-def init_distributed(run_cfg) -> None:
-    """Join the process group ``torchrun`` describes, and set ``distributed``, ``rank``, ``gpu`` and ``world_size``.
+def launch_of(env: Mapping[str, str]) -> Optional[Launch]:
+    """How this process was started: by ``torchrun``, as a task of SLURM's ``srun``, or alone (None).
 
-    Without ``torchrun`` this is a single process, whatever ``run.distributed`` says, as in LAVIS.
+    LAVIS reads ``SLURM_PROCID``, and wants number and meeting place of the processes in the run file
+    (common/dist_utils.py:76); here SLURM's own variables tell them, unless ``MASTER_ADDR`` and ``MASTER_PORT`` do. A
+    batch script has ``SLURM_PROCID`` as well; what it runs without ``srun`` is a single process.
     """
-    rank = launched_rank(os.environ)
-    run_cfg.distributed = rank is not None
-    if rank is None:
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+    tasks = env.get("SLURM_STEP_NUM_TASKS") or (env.get("SLURM_NTASKS") if env.get("MASTER_ADDR") else None)
+    if "SLURM_PROCID" not in env or tasks is None or int(tasks) < 2:
+        return None
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    port = 20000 + (int(env.get("SLURM_JOB_ID", 0)) + int(env.get("SLURM_STEP_ID", 0))) % 20000
+    return Launch(
+        int(env["SLURM_PROCID"]),
+        int(tasks),
+        int(env.get("SLURM_LOCALID", 0)),
+        env.get("MASTER_ADDR") or _first_node(nodes),
+        int(env.get("MASTER_PORT") or port),
+    )
+
+
+def _first_node(nodes: str) -> str:
+    """The first of SLURM's list of nodes: of ``gpu[07-09,12],cpu1`` it is ``gpu07``."""
+    return re.sub(r"\[(\w+).*", r"\1", nodes.split(",")[0])
+
+
+def init_distributed(run_cfg: Any) -> None:
+    """Join the process group that ``torchrun`` or ``srun`` describes, and set ``distributed``, ``rank``, ``gpu`` and
+    ``world_size``.
+
+    Without either this is a single process, whatever ``run.distributed`` says, as in LAVIS.
+    """
+    launch = launch_of(os.environ)
+    run_cfg.distributed = launch is not None
+    if launch is None:
         return
-    run_cfg.rank = rank
-    run_cfg.world_size = int(os.environ["WORLD_SIZE"])
-    run_cfg.gpu = int(os.environ.get("LOCAL_RANK", 0))
+    if launch.address is not None:  # the names that PyTorch reads
+        os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
+        os.environ.update(MASTER_ADDR=launch.address, MASTER_PORT=str(launch.port))
+    run_cfg.rank = launch.rank
+    run_cfg.world_size = launch.world_size
     device_type = torch.device(run_cfg.device).type
+    # srun may show each task its own GPU alone, which then is the first
+    gpus = torch.cuda.device_count() if device_type == "cuda" else 0
+    run_cfg.gpu = launch.local_rank % gpus if gpus else launch.local_rank
     if device_type == "cuda":
         torch.cuda.set_device(run_cfg.gpu)
     if not dist.is_initialized():
         dist.init_process_group(
             backend_for(device_type),
             init_method=run_cfg.get("dist_url", "env://"),
-            rank=rank,
-            world_size=run_cfg.world_size,
+            rank=launch.rank,
+            world_size=launch.world_size,
             timeout=datetime.timedelta(minutes=float(run_cfg.get("dist_timeout", None) or DEFAULT_TIMEOUT)),
         )
 
@@ -106,6 +152,7 @@ def gather(rows: List[Any]) -> List[Any]:
 
 __all__ = [
     "DEFAULT_TIMEOUT",
+    "Launch",
     "all_reduce_sum",
     "backend_for",
     "from_main",
@@ -113,6 +160,7 @@ __all__ = [
     "get_rank",
     "get_world_size",
     "init_distributed",
+    "launch_of",
     "launched_rank",
     "leaves_group",
     "on_main",

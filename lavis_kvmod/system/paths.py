@@ -3,10 +3,13 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import List
+from typing import List, Union
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_CACHE = "LAVIS_KVMOD_CACHE"
+CACHE = "LAVIS_KVMOD_CACHE"
+
+# What is told where a path begins with ~, or a cache would.
+NO_HOME = "no home folder is known (HOME is not set, and this user id has no name): set HOME to a folder of yours"
 
 
 def resource(relative: str) -> Path:
@@ -37,7 +40,7 @@ def resolve_config(path: str) -> Path:
     Raises:
         FileNotFoundError: there is no such file; the message lists those that are shipped.
     """
-    given = Path(path).expanduser()
+    given = _expanded(path)
     if given.is_file():
         return given
     inside = given.parts[1:] if given.parts[:1] == ("lavis",) else given.parts
@@ -51,17 +54,51 @@ def resolve_config(path: str) -> Path:
     )
 
 
-def absolute(path) -> Path:
-    """A path as its user means it: ``~`` is their home, and what is relative starts where they stand."""
-    return Path(path).expanduser().absolute()
+def absolute(path: Union[str, Path]) -> Path:
+    """A path as its user means it: ``~`` is their home, and what is relative starts where they stand.
+
+    Raises:
+        FileNotFoundError: for ``~`` where there is no home folder.
+    """
+    return _expanded(path).absolute()
+
+
+def has_home() -> bool:
+    """Whether ``~`` stands for a folder; in a container under an arbitrary user id it may not."""
+    return os.path.expanduser("~") != "~"
+
+
+def cannot_be_written(path: Union[str, Path]) -> List[str]:
+    """Why a folder cannot be made or written to, as a list of one problem or none."""
+    try:
+        folder = absolute(path)
+    except FileNotFoundError as error:
+        return [str(error)]
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        return [f"{there} is a file; name a folder"]
+    if not os.access(there, os.W_OK | os.X_OK):
+        return [f"{there} cannot be written to; name a folder of yours"]
+    return []
+
+
+def _expanded(path: Union[str, Path]) -> Path:
+    if str(path).startswith("~") and not has_home():  # or a folder called ~ would be made
+        raise FileNotFoundError(f"{path}: {NO_HOME}")
+    return Path(path).expanduser()
 
 
 def cache_dir() -> Path:
     """The folder for what is built once: ``LAVIS_KVMOD_CACHE``, or ``~/.cache/lavis_kvmod``.
 
     It need not exist yet.
+
+    Raises:
+        FileNotFoundError: naming the variables to set, where there is no home folder.
     """
-    return absolute(os.environ.get(_CACHE) or "~/.cache/lavis_kvmod")
+    if not os.environ.get(CACHE) and not has_home():
+        raise FileNotFoundError(f"{NO_HOME}, or {CACHE} to one for what is built once")
+    return absolute(os.environ.get(CACHE) or "~/.cache/lavis_kvmod")
 
 
 def _roots():

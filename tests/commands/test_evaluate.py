@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from lavis_kvmod.commands.evaluate import evaluate
 from lavis_kvmod.weights import files as checkpoints
@@ -70,6 +71,24 @@ def test_captions_without_java(options, tmp_path, capsys, monkeypatch):
     assert found["val"]["tokeniser"] == logs["val"]["tokeniser"] == "simple" and "METEOR" not in found["val"]
     assert found["val"]["agg_metrics"] == found["val"]["CIDEr"] + found["val"]["Bleu_4"]
     assert "simple tokeniser" in (only_run(tmp_path) / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_checkpoint_that_is_named_is_evaluated(options, tmp_path, build, monkeypatch, capsys):
+    """LAVIS passes over run.resume_ckpt_path in an evaluation, so that another model's figures were read as its."""
+    model = build(seed=3)
+    contents = {"model": checkpoints.trained_state_dict(model), "optimizer": {}, "epoch": 4}
+    checkpoints.save(contents, tmp_path / "checkpoint_best.pth")
+    seen = []
+    monkeypatch.setattr(
+        "lavis_kvmod.tasks.vqa.KVModVQATask.evaluation",
+        lambda self, model, loader, **kwargs: seen.append(model.opt_proj.weight.detach().clone()),
+    )
+    options += [*of_data("digits_vqa"), "run.test_splits=[val]", f"run.resume_ckpt_path={tmp_path}/checkpoint_best.pth"]
+    evaluate("projects/kvmod/demo_vqa.yaml", options)
+    assert torch.equal(seen[0], model.opt_proj.weight)
+    assert f"evaluating the weights of {tmp_path}/checkpoint_best.pth (run.resume_ckpt_path)" in capsys.readouterr().err
+    found = json.loads((only_run(tmp_path) / "metrics.json").read_text())
+    assert found["provenance"]["model"]["checkpoint"] == f"{tmp_path}/checkpoint_best.pth"
 
 
 @pytest.mark.slow

@@ -308,6 +308,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(run_file, m
     assert checkpoints.read(only_run(tmp_path) / "checkpoint_last.pth")["epoch"] == 0
 
 
+def test_what_comes_from_the_environment_is_written_nowhere(run_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TOKEN", "hf_secret")
+    train(run_file(max_epoch=1, prompt="${oc.env:TOKEN} {}"))
+    files = [path for path in only_run(tmp_path).rglob("*") if path.suffix in (".yaml", ".txt", ".pth", ".json", ".md")]
+    assert len(files) >= 5 and "oc.env:TOKEN" in (only_run(tmp_path) / "config.yaml").read_text()
+    for path in files:
+        assert b"hf_secret" not in path.read_bytes(), path
+    screen = capsys.readouterr().err
+    assert "oc.env:TOKEN" in screen and "hf_secret" not in screen
+
+
 def test_bf16_autocast_on_the_cpu(run_file):
     runner = build_runner(load_config(run_file(amp="bf16", max_epoch=1)))
     assert runner.scaler is None

@@ -29,7 +29,18 @@ STEADY = {  # nothing is drawn, so that runs can be compared number by number
 }
 
 
-def ranks(in_process, function, folder, world_size=2):
+def by_torchrun(rank, world_size, port):
+    """What torchrun tells a process."""
+    return dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="localhost", MASTER_PORT=port)
+
+
+def by_srun(rank, world_size, port):
+    """What SLURM's srun tells a task; the port is the user's, so that it is free."""
+    names = dict(PROCID=rank, LOCALID=rank, STEP_NUM_TASKS=world_size, STEP_NODELIST="localhost", JOB_ID=7)
+    return {"MASTER_PORT": port, **{f"SLURM_{name}": value for name, value in names.items()}}
+
+
+def ranks(in_process, function, folder, world_size=2, told=by_torchrun):
     """Run ``function`` as so many ranks; their exit codes and what they wrote."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -37,8 +48,7 @@ def ranks(in_process, function, folder, world_size=2):
 
     def launch():
         def one(rank):
-            names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="localhost", MASTER_PORT=port)
-            os.environ.update({name: str(value) for name, value in names.items()})
+            os.environ.update({name: str(value) for name, value in told(rank, world_size, port).items()})
             code = 1
             try:
                 function()
@@ -132,6 +142,16 @@ def test_the_process_group_is_left_at_the_end(write_run, in_process):
     codes, output = ranks(in_process, whole, "left")
     assert codes == [0, 0], output
     assert "Warning" not in output and "No validation splits" not in output, output
+
+
+def test_srun_starts_one_run_of_several_processes(write_run, in_process, runs):
+    """LAVIS's `init_distributed_mode` reads SLURM_PROCID; each task was a run of its own here."""
+    path = write_run(max_epoch=1, valid_splits=[])
+    codes, output = ranks(in_process, steady(path), "srun", told=by_srun)
+    assert codes == [0, 0], output
+    (folder,) = runs("srun")
+    assert checkpoints.read(folder / LAST)["data"]["global_batch"] == 2 * load_config(path).run_cfg.batch_size_train
+    assert len(checkpoints.read(folder / LAST)["rng"]) == 2
 
 
 @pytest.mark.parametrize(("value", "minutes"), [(2, 2), ("1.5", 1.5), (None, 60)])
