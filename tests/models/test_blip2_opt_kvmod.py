@@ -667,6 +667,14 @@ def test_without_amp_what_is_trained_computes_in_float32(build, images, half, ca
     assert set(seen.values()) == {torch.bfloat16}
 
 
+def test_a_step_does_not_list_all_parameters_to_know_device_and_precision(build, vqa_batch, monkeypatch):
+    model = build().train()
+    for module in (model, model.visual_encoder, model.opt_model):
+        monkeypatch.setattr(module, "parameters", lambda *args: pytest.fail("walked all parameters"))
+    model({**vqa_batch})["loss"].backward()
+    assert model.device == torch.device("cpu")
+
+
 def test_float32_towers_are_left_alone(build):
     assert {row.dtype for row in build().float().parts()} == {"float32"}
 
