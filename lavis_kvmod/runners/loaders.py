@@ -97,7 +97,7 @@ def make_loader(
     share = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
     stream = stream_of(dataset)
     if stream is not None:
-        return stream.make_loader(is_train=is_train, seed=seed, **share, **workers)
+        return stream.make_loader(is_train=is_train, seed=seed, group_by_image=group_by_image, **share, **workers)
     if isinstance(dataset, (tuple, list)) or not hasattr(dataset, "__len__"):
         raise NotImplementedError(
             f"split {split!r}: runner_kvmod reads map-style data sets, and one streamed set that has make_loader; "

@@ -4,7 +4,7 @@ They are read as a stream, so there is no ``dataset[index]``: a runner asks for 
 """
 
 import logging
-from typing import Callable, Iterable, List, Optional, Sequence, Union
+from typing import Callable, Dict, Iterable, List, Optional, Sequence, Union
 
 from lavis_kvmod.datasets.annotated import (
     AnnotatedDataset,
@@ -114,6 +114,7 @@ class ShardDataset(AnnotatedDataset):
         world_size: int = 1,
         is_train: Optional[bool] = None,
         pin_memory: bool = False,
+        group_by_image: bool = False,
     ) -> Loader:
         """One rank's batches, whose sequence is a function of shards, seed, epoch, world_size and num_workers.
 
@@ -126,6 +127,8 @@ class ShardDataset(AnnotatedDataset):
             seed: for order and augmentation.
             rank, world_size: as usual.
             is_train: whether to shuffle; by default, what the split is for.
+            group_by_image: whether a batch has an image once for all its samples that show it, in one augmented view
+                (see `lavis_kvmod.datasets.loading.samples.SampleSource`); the order stays.
         """
         is_train = self.for_training if is_train is None else is_train
         streams = world_size * max(1, num_workers)
@@ -136,7 +139,7 @@ class ShardDataset(AnnotatedDataset):
             rows = IndexedRows(self.shards, self._reader, seed if is_train else None, self.epoch_size)
         plan = RankPlan(self.epoch_size, batch_size, rank, world_size, max(1, num_workers), even=is_train)
         buffer = self.shuffle_buffer if is_train else 1
-        source = ShardSource(BatchStream(self, rows, plan, buffer, seed))
+        source = ShardSource(BatchStream(self, rows, plan, buffer, seed, grouped=group_by_image))
         self._log(plan, streams)
         return Loader(source, num_workers=num_workers, pin_memory=pin_memory)
 
@@ -153,10 +156,13 @@ class ShardDataset(AnnotatedDataset):
                 *(self.split, streams, len(self.shards)),
             )
 
-    def sample_of(self, rows: Iterable[Row], *, seed: int, epoch: int) -> Sample:
+    def sample_of(
+        self, rows: Iterable[Row], *, seed: int, epoch: int, views: Optional[Dict[str, Sample]] = None
+    ) -> Sample:
         """The sample of the first row, or, with ``on_bad_sample: skip``, of the first that can be used.
 
-        Augmentation depends on seed, epoch and the row's ``instance_id`` alone.
+        Augmentation depends on seed, epoch and the row's ``instance_id`` alone; with ``views``, on the image's name
+        instead, and what is seen of an image is taken from there, or put there.
 
         Raises:
             BadDataError: see `AnnotatedDataset.__getitem__`.
@@ -167,15 +173,20 @@ class ShardDataset(AnnotatedDataset):
             try:
                 if row.problem:
                     raise BadImageError(f"{annotation['source']}: {row.problem}")
-                image = read_image(row.image, name=annotation["source"])
+                name = annotation["instance_id"] if views is None else row.image_name.rpartition("/")[2]
+                with seeded(seed, epoch, name):
+                    # All questions of an image share its pixels, and no other image of any shard does.
+                    seen = (views or {}).get(row.image_name) or self._seen(
+                        read_image(row.image, name=annotation["source"]), {**annotation, "image": row.image_name}
+                    )
+                    texts = self._texts(annotation)
             except BadImageError as error:
                 bad.append(str(error))
                 self._note(bad, error)
                 continue
-            with seeded(seed, epoch, annotation["instance_id"]):
-                # All questions of an image share its pixels, and no other image of any shard does.
-                seen = self._seen(image, {**annotation, "image": row.image_name})
-                return {**seen, **self._texts(annotation), "bad_samples": bad}
+            if views is not None:
+                views[row.image_name] = seen
+            return {**seen, **texts, "bad_samples": bad}
         raise BadDataError("no row to make a sample of")
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lavis_kvmod.datasets.bad_samples import BadDataError
+from lavis_kvmod.datasets.loading.images import each_image_once
 from lavis_kvmod.datasets.loading.loader import PADDING, Batch, or_failure
 from lavis_kvmod.datasets.seeding import stable_hash
 from lavis_kvmod.datasets.shards.files import Shard, damage_of
@@ -178,6 +179,7 @@ class BatchStream(IterableDataset):
         buffer: rows that are shuffled among each other; 1 for none.
         seed, epoch: for the order and the augmentation.
         start_batch: the first batch that is given.
+        grouped: whether a batch has an image once for all its samples that show it.
     """
 
     dataset: Any
@@ -187,6 +189,7 @@ class BatchStream(IterableDataset):
     seed: int
     epoch: int = 0
     start_batch: int = 0
+    grouped: bool = False
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
@@ -212,11 +215,14 @@ class BatchStream(IterableDataset):
 
     def _batch(self, coming: "_Coming", size: int) -> Batch:
         samples, seeds = [], []
+        drawn: Dict[str, Any] = {"seed": self.seed, "epoch": self.epoch, "views": {} if self.grouped else None}
         for _ in range(size):
             row = coming.take()
             seeds.append(stable_hash(self.seed, self.epoch, "answer", str(row.annotation["instance_id"])))
-            samples.append(self.dataset.sample_of(itertools.chain([row], coming), seed=self.seed, epoch=self.epoch))
+            samples.append(self.dataset.sample_of(itertools.chain([row], coming), **drawn))
         batch = self.dataset.collater(samples)
+        if self.grouped:
+            batch = each_image_once(batch, samples)
         # Under which the model draws an answer for each question.
         return {**batch, "sample_seeds": seeds} if "n_answers" in batch and self.dataset.for_training else batch
 
@@ -244,7 +250,7 @@ class ShardSource:
     @property
     def order(self) -> Dict[str, Any]:
         """Shards are dealt out to ranks and workers."""
-        return {"readers": [self.stream.plan.world_size, self.stream.plan.num_workers], "grouped": False}
+        return {"readers": [self.stream.plan.world_size, self.stream.plan.num_workers], "grouped": self.stream.grouped}
 
     def since(self, epoch: int, start: int) -> BatchStream:
         """The batches of an epoch from that one on."""

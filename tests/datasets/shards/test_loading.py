@@ -266,6 +266,30 @@ def test_equal_image_keys_mean_equal_pixels(write_shard, picture, tmp_path):
     assert first == again != second and not torch.equal(batch["image"][0], batch["image"][2])
 
 
+def test_a_batch_may_have_each_image_once(indexed):
+    """In the same order, with the same samples; a view hangs on seed, epoch and image, whoever reads it."""
+
+    def read(dataset, **options):
+        return list(dataset.make_loader(batch_size=5, seed=3, **options))
+
+    for data in (train_data(indexed), eval_data(indexed)):
+        apart, grouped = read(data), read(data, group_by_image=True)
+        assert [batch["text_input"] for batch in grouped] == [batch["text_input"] for batch in apart]
+        assert all(len(batch["image_index"]) == len(batch["text_input"]) for batch in grouped)
+    assert [len(batch["image"]) for batch in grouped[:4]] == [3, 3, 3, 3]  # 5 questions of 3 images, in order
+    training = train_data(indexed)
+    seen = [
+        {
+            answer: batch["image"][index]
+            for batch in batches
+            for answer, index in zip(batch["answer"], batch["image_index"])
+        }
+        for batches in (read(training, group_by_image=True), read(training, group_by_image=True, num_workers=2))
+    ]
+    assert all(torch.equal(seen[0][answer], seen[1][answer]) for answer in everything())
+    assert all(torch.equal(seen[0][f"a{n}-0"], seen[0][f"a{n}-1"]) for n in range(sum(SIZES)))
+
+
 def test_a_training_batch_is_lavis_vqa_batch(indexed):
     batch = next(iter(train_data(indexed).make_loader(batch_size=3)))
     assert set(batch) == {"image", "text_input", "answer", "weight", "n_answers", "sample_seeds"}
