@@ -22,7 +22,6 @@ def test_every_import_runs_downwards(capfd):
     assert status == cli.EXIT_STATUS_SUCCESS, capfd.readouterr().out
 
 
-@pytest.mark.xfail(reason="they are being split")
 def test_no_function_is_long_without_a_reason():
     too_long = []
     for path in sorted(PACKAGE.rglob("*.py")):
