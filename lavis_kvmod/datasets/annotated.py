@@ -19,15 +19,17 @@ Batches are LAVIS's: see `collate`.
 import hashlib
 import logging
 import numbers
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+import re
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.datasets.datasets.caption_datasets import CaptionDataset
 from lavis.datasets.datasets.vqa_datasets import VQADataset
 from lavis.processors.blip_processors import BlipImageEvalProcessor
+from PIL import Image
 
-from lavis_kvmod.datasets.bad_samples import PROBLEMS_SHOWN, BadDataError, BadSamplePolicy, some_of
+from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy, some_of
 from lavis_kvmod.datasets.images import BadImageError, read_image
 from lavis_kvmod.datasets.row_store import RowStore
 
@@ -87,11 +89,11 @@ def collate(samples: Sequence[Sample]) -> Dict[str, Any]:
 
 def _ids(values: List[Any]) -> Any:
     """LAVIS's tasks want a tensor, which holds whole numbers of 64 bits only."""
-    whole = all(isinstance(v, numbers.Integral) and not isinstance(v, bool) and abs(v) < 2**63 for v in values)
+    whole = all(isinstance(v, numbers.Integral) and not isinstance(v, bool) and abs(int(v)) < 2**63 for v in values)
     return torch.tensor(values) if whole else values
 
 
-def pixel_key(vis_processor: Callable) -> Optional[str]:
+def pixel_key(vis_processor: Any) -> Optional[str]:
     """What tells apart image processors that give the same pixels every time; None for any other."""
     if type(vis_processor) is not BlipImageEvalProcessor:
         return None
@@ -125,7 +127,7 @@ class AnnotatedDataset(BaseDataset):
         self.on_bad_sample = policy.on_bad_sample
         self.max_bad_share = policy.max_bad_share
         self.answer_list = None if answer_list is None else list(answer_list)
-        self._warned = 0
+        self._warned: Set[str] = set()  # of what kinds, in this process
 
     def __getitem__(self, index: int) -> Sample:
         """The sample there, or, with ``on_bad_sample: skip``, the next that can be read; ``bad_samples`` has a line for
@@ -168,11 +170,12 @@ class AnnotatedDataset(BaseDataset):
                 f"{len(bad)} samples in a row could not be read, more than max_bad_share: {self.max_bad_share:g} of "
                 f"{len(self)}{some_of(bad)}"
             ) from error
-        if self._warned < PROBLEMS_SHOWN:  # in each worker, in each epoch; the epoch's end tells the count
-            self._warned += 1
-            logging.warning("skipped: %s", bad[-1])
+        cause = re.sub(r"\d+", "", str(error).rsplit(": ", 1)[-1])
+        if cause not in self._warned:
+            self._warned.add(cause)
+            logging.warning("skipped: %s; others like it are counted at the epoch's end", bad[-1])
 
-    def _seen(self, image, annotation: Annotation) -> Sample:
+    def _seen(self, image: Image.Image, annotation: Annotation) -> Sample:
         sample = {"image": self.vis_processor(image)}
         key = pixel_key(self.vis_processor)
         return sample if key is None else {**sample, "image_key": f"{key}:{annotation['image']}"}

@@ -49,7 +49,7 @@ class BadSamplePolicy:
     on_bad_sample: str = "raise"
     max_bad_share: float = 0.05
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         share = self.max_bad_share
         problems = []
         if self.on_bad_sample not in ("raise", "skip"):

@@ -6,7 +6,8 @@ found in their folders, every row is checked, and everything that is wrong is to
 
 import logging
 from collections import Counter
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from functools import partial
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -142,8 +143,7 @@ class AnnotationBuilder(PackagedBuilder):
                     row[self.target] = [one_line(text) for text in row[self.target]]
         # Rows first, then splits: what is wrong with every row of train would else be told as too few images.
         splits = {
-            split: _collect(problems, lambda split=split, rows=rows: self._check(split, rows, policy))
-            for split, rows in splits.items()
+            split: _collect(problems, partial(self._check, split, rows, policy)) for split, rows in splits.items()
         }
         if problems:
             raise BadDataError(problems)
@@ -173,7 +173,9 @@ class AnnotationBuilder(PackagedBuilder):
         if not rows:
             raise BadDataError(f"{split}: no rows")
         has_targets = any(row.get(self.target) for row in rows)
-        good, bad, seen = [], [], {}
+        good: List[Annotation] = []
+        bad: List[Tuple[Annotation, Problem]] = []
+        seen: Dict[Any, Annotation] = {}
         for row in rows:
             problem = self._problem(row, has_targets, seen)
             if problem is None:
@@ -274,7 +276,7 @@ class CaptionBuilder(AnnotationBuilder):
         return list(by_image.values())
 
 
-def _collect(problems: List[str], step):
+def _collect(problems: List[str], step: Callable[[], Any]) -> Any:
     """Do a step; if it fails, note why and go on."""
     try:
         return step()

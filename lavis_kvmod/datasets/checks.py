@@ -2,7 +2,7 @@
 files are there."""
 
 from pathlib import Path
-from typing import Callable, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path
@@ -22,7 +22,7 @@ def builder_getter(run: DictConfig) -> Callable:
     return getattr(registry.get_task_class(run.task), "builder_class", registry.get_builder_class)
 
 
-def keep_used_splits(cfg, ranks: bool) -> List[str]:
+def keep_used_splits(cfg: Any, ranks: bool) -> List[str]:
     """Take what a run does not use out of its data sets' sections, so that no file of another split is asked for,
     fetched or read; LAVIS's builders read all. A data set of which nothing is used goes as a whole.
 
@@ -37,8 +37,8 @@ def keep_used_splits(cfg, ranks: bool) -> List[str]:
     needed = {split for splits in used.values() for split in splits}
     known = {name: _splits_given(name, section, cfg) for name, section in cfg.datasets_cfg.items()}
     if None not in known.values():
-        every = {split for splits in known.values() for split in splits}
-        lists = "; ".join(f"{name} has {', '.join(splits)}" for name, splits in known.items())
+        every = {split for splits in known.values() for split in splits or ()}
+        lists = "; ".join(f"{name} has {', '.join(splits or ())}" for name, splits in known.items())
         problems = [
             f"run.{key}: no data set has a split {split!r}; {lists}"
             for key, splits in used.items()
@@ -68,12 +68,12 @@ def keep_used_splits(cfg, ranks: bool) -> List[str]:
     return []
 
 
-def _splits_given(name: str, section: DictConfig, cfg) -> Optional[List[str]]:
+def _splits_given(name: str, section: DictConfig, cfg: Any) -> Optional[List[str]]:
     """The splits of a data set by its files, or None where only its builder can tell."""
     builder = builder_getter(cfg.run_cfg)(name)
     if hasattr(builder, "splits_given"):
         return builder.splits_given(section)
-    annotations = (section.get("build_info") or {}).get("annotations")
+    annotations: Any = OmegaConf.select(section, "build_info.annotations")
     if builder.__module__.startswith("lavis.") and OmegaConf.is_dict(annotations):
         return [split for split in annotations if split in SPLITS]
     return None
@@ -83,7 +83,7 @@ def _lavis_places(storage: str) -> List[Path]:
     return [Path(get_cache_path(storage))]
 
 
-def data_problems(cfg) -> List[str]:
+def data_problems(cfg: Any) -> List[str]:
     """Images and annotations that a run's builders would look for and not find, or could not use."""
     get = builder_getter(cfg.run_cfg)
     problems = []
@@ -101,11 +101,11 @@ def data_problems(cfg) -> List[str]:
     return problems
 
 
-def kind_problems(cfg) -> List[str]:
+def kind_problems(cfg: Any) -> List[str]:
     """Data sets that hold captions where the task learns answers, or the other way round."""
     task, get = cfg.run_cfg.task, builder_getter(cfg.run_cfg)
     wanted = getattr(registry.get_task_class(task), "target", None)
-    held = {name: getattr(get(name), "target", wanted) for name in cfg.datasets_cfg}
+    held: Dict[str, Any] = {name: getattr(get(name), "target", wanted) for name in cfg.datasets_cfg}
     return [
         f"datasets.{name}: it holds {target}s, but run.task: {task} learns {wanted}s; set run.task: {_TASKS[target]}"
         for name, target in held.items()

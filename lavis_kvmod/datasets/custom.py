@@ -267,7 +267,7 @@ class CustomCaptionBuilder(_CustomBuilder, CaptionBuilder):
         return {"caption": read_texts(cells["caption"], "caption", separator)}
 
 
-def _mapping(section: DictConfig, key: str) -> Mapping[str, Any]:
+def _mapping(section: Any, key: str) -> Mapping[str, Any]:
     value = section.get(key)
     return value if OmegaConf.is_dict(value) else {}
 

@@ -51,7 +51,7 @@ class BenchmarkFile(NamedTuple):
     @property
     def path(self) -> Path:
         """Where it is looked for."""
-        return stored(self.storage)
+        return stored(self.storage or "")
 
     def problem(self) -> Optional[str]:
         """Why it cannot be read, which it is, where it was looked for and how to get it; or None."""
@@ -146,7 +146,7 @@ def read_vqa(questions: Path, annotations: Optional[Path], image_pattern: str) -
                 "question": entry["question"],
                 "question_id": question_id,
                 "source": f"{questions.name}, question {question_id}",
-                **(answers_of(answered[question_id], annotations) if answered else {}),
+                **(answers_of(answered[question_id], annotations) if annotations else {}),
             }
             for question_id, entry in asked.items()
         ]

@@ -20,7 +20,7 @@ class _Row(Dict[str, Any]):
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("a row is made when it is asked for: write annotation[i] = {**annotation[i], ...} to change it")
 
-    __setitem__ = __delitem__ = pop = update = setdefault = clear = popitem = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = pop = update = setdefault = clear = popitem = _refuse
 
     def __reduce__(self) -> Tuple[Any, ...]:
         return dict, (dict(self),)
@@ -68,7 +68,7 @@ class RowStore(SequenceABC):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = self._place(index)
-        content = self._changed.get(index)
+        content: Any = self._changed.get(index)
         if content is None:
             content = self._content[self._ends[index] : self._ends[index + 1]].data
         number, *values = pickle.loads(content)

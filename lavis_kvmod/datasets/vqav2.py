@@ -121,8 +121,8 @@ class OfficialVQABuilder(BenchmarkVQABuilder):
         entry = self.config.build_info.get("answer_list")
         file = entry and BenchmarkFile.from_config("answer list", "build_info.answer_list", entry)
         if file and file.problem() is None:
-            return read_answer_list(file.storage)
-        counts = Counter(Counter(row["answer"]).most_common(1)[0][0] for row in splits.get("train", ()))
+            return read_answer_list(str(file.storage))
+        counts: Dict[str, int] = Counter(Counter(row["answer"]).most_common(1)[0][0] for row in splits.get("train", ()))
         frequent = [answer for answer, count in counts.items() if count >= _CANDIDATE_MIN_COUNT and answer.strip()]
         return sorted(frequent, key=lambda answer: (-counts[answer], answer)) or None
 
@@ -135,8 +135,7 @@ def _sections(config: DictConfig) -> Dict[str, DictConfig]:
 
 def _pattern(section: DictConfig) -> str:
     """What a split's section says of its images' paths; '' for nothing."""
-    images = section.get("images") if OmegaConf.is_dict(section) else None
-    return images.get("pattern") or "" if OmegaConf.is_dict(images) else ""
+    return str(OmegaConf.select(section, "images.pattern") or "") if OmegaConf.is_dict(section) else ""
 
 
 class VQAv2Builder(OfficialVQABuilder):

@@ -9,9 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
+from lavis_kvmod.datasets.cells import said
 from lavis_kvmod.system.text_cleaning import one_line
-
-_ANSWER_KEYS = ("answer", "answers", "direct_answers")
 
 
 class Truth(NamedTuple):
@@ -33,7 +32,7 @@ def truth_of(annotation: Dict[str, Any], official: Optional[Dict[str, Truth]] = 
     known = (official or {}).get(str(annotation.get("question_id")))
     if known is not None:
         return known
-    answers = next((annotation[key] for key in _ANSWER_KEYS if annotation.get(key) is not None), [])
+    answers = said(annotation, "answer") or []
     # On one line, as predictions are; the official files are left as the official evaluation reads them.
     return Truth(
         list(map(one_line, _texts(answers))), annotation.get("question_type") or "", annotation.get("answer_type") or ""

@@ -86,7 +86,7 @@ def test_a_test_split_has_no_answers_and_writes_what_the_server_takes(root, tmp_
     assert "answer" not in test.annotation[0] and "answer" not in test.collater([test[0]])
     rows = [{"question_id": row["question_id"], "answer": f"a{i}"} for i, row in enumerate(test.annotation)]
     path = test.write_leaderboard(rows[::-1], tmp_path)
-    assert path == tmp_path / "vqav2_test-dev_leaderboard.json" and test.leaderboard
+    assert path == tmp_path / "vqav2_test-dev_leaderboard.json"
     assert json.loads(path.read_text()) == rows  # in the order of the questions
     assert "wants all" not in caplog.text
     test.write_leaderboard(rows[1:], tmp_path)

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from lavis_kvmod.datasets.annotated import Annotation
 from lavis_kvmod.datasets.answer_list import read_answer_list
@@ -20,7 +20,7 @@ class LavisVQABuilder(LavisFilesBuilder, BenchmarkVQABuilder):
     """Questions: all files of train; of an evaluated split the rows, a list of answers to choose from, and maybe the
     official files of questions and annotations."""
 
-    optional_files = (1, 2)  # the official questions say nothing that the rows do not
+    optional_files: Sequence[int] = (1, 2)  # the official questions say nothing that the rows do not
     images_from = COCO_IMAGES
 
     def annotations(self) -> Splits:

@@ -96,7 +96,7 @@ def find_shards(patterns: Sequence[str], kind: Optional[Kind] = None) -> List[Sh
             continue
         try:
             names = list(braceexpand.braceexpand(pattern))
-        except braceexpand.UnbalancedBracesError:
+        except ValueError:  # braceexpand's UnbalancedBracesError is one
             problems.append(f"{pattern}: a brace without its other half; expected a list such as {{000..099}}")
             continue
         for expanded in names:
@@ -224,6 +224,6 @@ def sha256_of(path: Path) -> str:
 
 def index_text(kind: Kind, shards: Iterable[Shard], *, complete: bool, **more: Any) -> str:
     """The contents of a ``shards.json``."""
-    entries = [{"name": shard.path.name, **shard.contents._asdict()} for shard in shards]
+    entries = [{"name": shard.path.name, **shard.contents._asdict()} for shard in shards if shard.contents]
     index = {"version": _INDEX_VERSION, "kind": kind.name, "complete": complete, **more, "shards": entries}
     return json.dumps(index, indent=1, ensure_ascii=False) + "\n"

@@ -52,7 +52,7 @@ class PackSettings:
     max_bytes: int = 1_000_000_000
     seed: Optional[int] = 42
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key in ("name", "prefix"):
             value = getattr(self, key)
             if not value or set(value) & set("./\\") or value.startswith("_"):
@@ -247,7 +247,7 @@ class Packer:
             random.Random(stable_hash(settings.seed, "pack")).shuffle(self._items)
         self._settings = settings
         self._answers = list(answers or [])
-        self._made_from = {"settings": asdict(settings), "source": self._source()}
+        self._made_from: Dict[str, Any] = {"settings": asdict(settings), "source": self._source()}
 
     def _source(self) -> str:
         """A sum over everything that is packed; of the images by size and time, as reading them takes as long as
@@ -275,7 +275,7 @@ class Packer:
     def _pack(self) -> List[Shard]:
         shards = self._finished()
         self._write_index(shards, complete=False)
-        done = sum(shard.contents.images for shard in shards)
+        done = sum(shard.contents.images for shard in shards if shard.contents)
         if shards:
             logging.info("%s: going on after %d whole shards (%d images)", self.folder, len(shards), done)
         left = Progress(self._items[done:], f"packing {self._settings.name}", log_every=1000)
@@ -292,7 +292,9 @@ class Packer:
         self._write_index(shards, complete=True)
         return shards
 
-    def _write_shard(self, path: Path, pair, coming: Iterator) -> Tuple[Contents, Any]:
+    def _write_shard(
+        self, path: Path, pair: Optional[Tuple[int, Item]], coming: Iterator[Tuple[int, Item]]
+    ) -> Tuple[Contents, Optional[Tuple[int, Item]]]:
         """Write one shard, and return what it holds and the pair after it."""
         keys: List[str] = []
         texts = targets = size = 0
