@@ -17,12 +17,18 @@ _CACHE_ROOT = "LAVIS_CACHE_ROOT"
 # What is registered: (kind in LAVIS's registry, name in a YAML file, module, class).
 _REGISTERED = (
     ("model", "blip2_opt_kvmod", "lavis_kvmod.models.blip2_opt_kvmod", "Blip2OPTKVMod"),
+    ("model", "blip2_kvmod", "lavis_kvmod.models.blip2_kvmod", "Blip2KVMod"),
+    ("model", "blip2_kvmod_feature_extractor", "lavis_kvmod.models.blip2_kvmod", "Blip2KVMod"),
+    ("model", "blip2_kvmod_image_text_matching", "lavis_kvmod.models.blip2_kvmod", "Blip2KVModITM"),
     ("runner", "runner_kvmod", "lavis_kvmod.runners.runner_kvmod", "RunnerKVMod"),
     ("task", "kvmod_vqa", "lavis_kvmod.tasks.vqa", "KVModVQATask"),
     ("task", "kvmod_captioning", "lavis_kvmod.tasks.captioning", "KVModCaptionTask"),
+    ("task", "kvmod_pretrain", "lavis_kvmod.tasks.pretraining", "KVModPretrainTask"),
+    ("task", "kvmod_retrieval", "lavis_kvmod.tasks.retrieval", "KVModRetrievalTask"),
     ("builder", "digits_vqa", "lavis_kvmod.datasets.digits", "DigitsVQABuilder"),
     ("builder", "digits_caption", "lavis_kvmod.datasets.digits", "DigitsCaptionBuilder"),
     ("builder", "easy_vqa", "lavis_kvmod.datasets.easy_vqa", "EasyVQABuilder"),
+    ("builder", "digits_retrieval", "lavis_kvmod.datasets.digits", "DigitsRetrievalBuilder"),
     ("builder", "wds_vqa", "lavis_kvmod.datasets.shards.builders", "WdsVQABuilder"),
     ("builder", "wds_caption", "lavis_kvmod.datasets.shards.builders", "WdsCaptionBuilder"),
     ("builder", "custom_vqa", "lavis_kvmod.datasets.custom", "CustomVQABuilder"),

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lavis.models import eva_vit
 from lavis.models.blip2_models.blip2 import LayerNorm
 from lavis.models.blip2_models.blip2_opt import Blip2OPT
 from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTForCausalLM
 from lavis.models.blip2_models.Qformer import BertConfig, BertLMHeadModel
 from omegaconf import OmegaConf
+from small_vit import SIZE, VIT, small_vit
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 
@@ -21,8 +21,6 @@ from lavis_kvmod import Blip2OPTKVMod
 # These models are too small to share out: threads would only wait for each other, and for whatever else runs.
 torch.set_num_threads(1)
 
-SIZE = 28  # image side in pixels: 2 x 2 patches
-VIT = dict(patch_size=14, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2.0)
 QFORMER = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
 QUERIES = 5
 TEXTS = [
@@ -67,16 +65,6 @@ def opt_folder(tmp_path_factory):
     # LAVIS always loads OPT in fp16: numbers that fp16 holds exactly make both loaders give the same weights.
     OPTForCausalLM(config).half().float().save_pretrained(folder)
     return folder
-
-
-def small_vit():
-    return eva_vit.VisionTransformer(
-        img_size=SIZE,
-        use_mean_pooling=False,
-        qkv_bias=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        **VIT,
-    )
 
 
 class SmallBlip2OPT(Blip2OPT):

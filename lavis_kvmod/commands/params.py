@@ -1,13 +1,15 @@
 """``lavis-kvmod params``: what a model consists of, counted without allocating or loading any weight."""
 
 import argparse
-from typing import Any
+from typing import Type
 
-from lavis_kvmod.config.loading import ARCH, read_config
-from lavis_kvmod.models.blip2_opt_kvmod import Blip2OPTKVMod
+from omegaconf import DictConfig, OmegaConf
+
+from lavis_kvmod.config.loading import read_config
+from lavis_kvmod.models.base import KVModBase
 from lavis_kvmod.models.parts import parts_table
-
-TYPES = tuple(Blip2OPTKVMod.PRETRAINED_MODEL_CONFIG_DICT)
+from lavis_kvmod.models.settings import ARCH, SETTINGS
+from lavis_kvmod.system.lavis_paths import lavis_registry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--cfg-path", metavar="YAML", help="the model of this run file")
     source.add_argument(
-        "--model-type", default=Blip2OPTKVMod.default_model_type, choices=TYPES, help="default: %(default)s"
+        "--model-type", metavar="TYPE", help="the model of this type (lavis-kvmod list types); default: the arch's own"
     )
+    parser.add_argument("--arch", default=ARCH, choices=list(SETTINGS), help="with --model-type; default: %(default)s")
     parser.add_argument(
         "--options", nargs="+", default=[], metavar="KEY=VALUE", help="overrides, e.g. model.prefix_gate=tanh"
     )
@@ -25,19 +28,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the table; returns the exit status."""
     try:
-        print(parts_table(Blip2OPTKVMod.without_weights(_model_config(args)).parts()))
+        config = _model_config(args)
+        print(parts_table(_model_class(config.arch).without_weights(config).parts()))
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
     return 0
 
 
-def _model_config(args: argparse.Namespace) -> Any:
-    from omegaconf import OmegaConf
+def _model_class(arch: str) -> Type[KVModBase]:
+    if arch not in SETTINGS:
+        raise ValueError(f"model.arch: expected one of {', '.join(SETTINGS)}, which this command counts; got {arch}")
+    return lavis_registry().get_model_class(arch)
 
-    if not args.cfg_path:
-        defaults = OmegaConf.load(Blip2OPTKVMod.default_config_path(args.model_type))
-        return OmegaConf.merge(defaults, OmegaConf.from_dotlist(args.options)).model
-    cfg = read_config(args.cfg_path, args.options).model_cfg
-    if cfg.arch != ARCH:
-        raise ValueError(f"{args.cfg_path} names {cfg.arch}; this command counts {ARCH}")
-    return cfg
+
+def _model_config(args: argparse.Namespace) -> DictConfig:
+    if args.cfg_path:
+        return read_config(args.cfg_path, args.options).model_cfg
+    cls = _model_class(args.arch)
+    defaults = OmegaConf.load(cls.default_config_path(args.model_type or cls.default_model_type))
+    return OmegaConf.merge(defaults, {"model": {"arch": args.arch}}, OmegaConf.from_dotlist(args.options)).model

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lavis_kvmod.config.keys import run_settings, unread_keys
 from lavis_kvmod.models.language.positions import length_problems
-from lavis_kvmod.models.settings import ARCH, ModelSettings, SettingsError
+from lavis_kvmod.models.settings import ARCH, ModelSettings, SettingsError, settings_of
 from lavis_kvmod.system.distributed import launched_rank
 from lavis_kvmod.system.paths import CACHE, NO_HOME, cannot_be_written, has_home
 from lavis_kvmod.system.precision import amp_problems, cuda_capability
@@ -144,10 +144,11 @@ def tell_unread_keys(run: DictConfig) -> None:
 
 def model_problems(model: DictConfig) -> List[str]:
     """What is wrong with the model section, and with the files that it names."""
-    if model.arch != ARCH:
+    declared = settings_of(model)
+    if declared is None:
         return []  # a stock model checks itself
     try:
-        settings = ModelSettings.from_config(model)
+        settings = declared.from_config(model)
         files = settings.weight_files()
         homeless = _home_problems(files)
         if homeless:  # nothing more can be looked up
@@ -190,9 +191,10 @@ def too_long_problems(cfg: "KVModConfig") -> List[str]:
 
 def image_size_problems(cfg: "KVModConfig") -> List[str]:
     """Image processors that give another size than the model's ViT takes, where they are used."""
-    if cfg.model_cfg.arch != ARCH:
+    declared = settings_of(cfg.model_cfg)
+    if declared is None:
         return []
-    run, expected = cfg.run_cfg, cfg.model_cfg.get("image_size", ModelSettings.default_of("image_size"))
+    run, expected = cfg.run_cfg, cfg.model_cfg.get("image_size", declared.default_of("image_size"))
     used = {"eval": bool(run.valid_splits or run.test_splits), "train": bool(run.train_splits) and not run.evaluate}
     problems = []
     for name, section in cfg.datasets_cfg.items():

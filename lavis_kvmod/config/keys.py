@@ -3,7 +3,13 @@
 import difflib
 from typing import Any, Dict, List, Mapping, NamedTuple, Type
 
-from lavis_kvmod.models.settings import Blip2OPTSettings, ModelSettings
+from lavis_kvmod.models.settings import (
+    Blip2OPTSettings,
+    Blip2Settings,
+    ImageSideSettings,
+    ModelSettings,
+    Stage1Settings,
+)
 from lavis_kvmod.runners.settings import NOT_READ, RunnerSettings, RunSettings
 from lavis_kvmod.system.schema import Settings
 from lavis_kvmod.tasks.settings import TASK_SETTINGS, CaptioningSettings, GenerationSettings, VQASettings
@@ -23,8 +29,11 @@ class Table(NamedTuple):
 
 # Tables by the name that their place in the page has.
 TABLES: Dict[str, Table] = {
-    "model-lavis": Table("model", Blip2OPTSettings, ("arch", "apply_lemmatizer")),
-    "model": Table("model", ModelSettings),
+    "model-lavis": Table("model", Blip2Settings, ("arch",)),
+    "model-lavis-opt": Table("model", Blip2OPTSettings, ("apply_lemmatizer",)),
+    "model": Table("model", ImageSideSettings),
+    "model-opt": Table("model", ModelSettings),
+    "model-stage-1": Table("model", Stage1Settings, ("arch",)),
     "run-lavis": Table("run", RunSettings),
     "run": Table("run", RunnerSettings),
     "generation": Table("run", GenerationSettings),

@@ -21,7 +21,7 @@ from lavis_kvmod.config.checking import (
 )
 from lavis_kvmod.config.keys import OUR_RUNNER, run_defaults, run_settings
 from lavis_kvmod.datasets.checks import data_problems, keep_used_splits, kind_problems
-from lavis_kvmod.models.settings import ARCH, ModelSettings
+from lavis_kvmod.models.settings import ARCH, SETTINGS, settings_of
 from lavis_kvmod.system.lavis_paths import use_cache_root
 from lavis_kvmod.system.paths import resolve_config
 from lavis_kvmod.system.schema import ConfigurationError
@@ -40,7 +40,7 @@ class KVModConfig(Config):
         merged: Any = OmegaConf.merge({"run": run_defaults()}, self.config)
         self.config = merged
         if self.config.run.get("runner") is None:
-            self.config.run.runner = OUR_RUNNER if self.config.model.arch == ARCH else "runner_base"
+            self.config.run.runner = OUR_RUNNER if self.config.model.arch in SETTINGS else "runner_base"
 
     def _convert_node_to_json(self, node: Any) -> str:
         """For LAVIS's ``pretty_print``, which would print what comes from the environment."""
@@ -140,9 +140,10 @@ def _write_as_meant(run: DictConfig) -> None:
 def _add_image_processors(cfg: KVModConfig) -> None:
     """LAVIS's own data sets name no image processors, and would give pictures where the model wants tensors: they get
     those of our run files, at the model's image size."""
-    if cfg.model_cfg.arch != ARCH:
+    declared = settings_of(cfg.model_cfg)
+    if declared is None:
         return
-    size = cfg.model_cfg.get("image_size", ModelSettings.default_of("image_size"))
+    size = cfg.model_cfg.get("image_size", declared.default_of("image_size"))
     for section in cfg.datasets_cfg.values():
         for mode, name in (("train", "blip2_image_train"), ("eval", "blip_image_eval")):
             if OmegaConf.select(section, f"vis_processor.{mode}") is None:

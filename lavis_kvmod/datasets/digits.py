@@ -5,6 +5,7 @@ frozen encoders said of the image. Where the image processor is random there is 
 """
 
 from functools import lru_cache
+from itertools import product
 from typing import Any, Callable, Dict, List, Sequence
 
 import numpy as np
@@ -20,6 +21,8 @@ __all__ = [
     "DigitsCaptionBuilder",
     "DigitsCaptionDataset",
     "DigitsCaptionEvalDataset",
+    "DigitsRetrievalBuilder",
+    "DigitsRetrievalEvalDataset",
     "DigitsVQABuilder",
     "DigitsVQADataset",
     "DigitsVQAEvalDataset",
@@ -150,6 +153,31 @@ class DigitsCaptionEvalDataset(DigitsCaptionDataset):
         return {**super()._texts(annotation), "instance_id": annotation["instance_id"]}
 
 
+class DigitsRetrievalEvalDataset(_DigitsCaption):
+    """Scans, and every description there is (240) as the texts to be found; LAVIS's lists say which belong together.
+
+    Attributes:
+        text, image: the descriptions, and the scans' names.
+        img2txt, txt2img: for each image the numbers of its texts, for each text those of its images.
+    """
+
+    def __init__(self, vis_processor: Callable, text_processor: Callable, split: str):
+        super().__init__(vis_processor, text_processor, split)
+        described = [self.text_processor(digits.caption(scan)) for scan in self.scans]
+        words = product(digits.INKS, digits.DIGIT_WORDS, digits.PAPERS)
+        self.text = [self.text_processor(f"a {ink} {digit} on {paper} paper") for ink, digit, paper in words]
+        self.image = [scan.key for scan in self.scans]
+        number = {text: i for i, text in enumerate(self.text)}
+        self.img2txt = {i: [number[text]] for i, text in enumerate(described)}
+        self.txt2img: Dict[int, List[int]] = {i: [] for i in range(len(self.text))}
+        for i, text in enumerate(described):
+            self.txt2img[number[text]].append(i)
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        """``image`` (3, H, W), its number ``index``, ``image_key``."""
+        return {**self._image(self.annotation[index]), "index": index}
+
+
 @lru_cache(maxsize=None)
 def _pictures(split: str) -> np.ndarray:
     """All scans of a split, rendered: (N, 56, 56, 3), uint8, read-only (17 MB for all three splits)."""
@@ -188,3 +216,12 @@ class DigitsCaptionBuilder(_DigitsBuilder):
     train_dataset_cls = DigitsCaptionDataset
     eval_dataset_cls = DigitsCaptionEvalDataset
     DATASET_CONFIG_DICT = {"default": "configs/datasets/digits/defaults_caption.yaml"}
+
+
+class DigitsRetrievalBuilder(_DigitsBuilder):
+    """``digits_retrieval``: captions to train on, and 240 descriptions to be found for held-out scans."""
+
+    target = "caption"
+    train_dataset_cls = DigitsCaptionDataset
+    eval_dataset_cls = DigitsRetrievalEvalDataset
+    DATASET_CONFIG_DICT = {"default": "configs/datasets/digits/defaults_retrieval.yaml"}

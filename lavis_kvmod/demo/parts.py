@@ -25,6 +25,7 @@ from transformers import OPTConfig
 
 from lavis_kvmod.demo.language import LanguageRecipe, opt_config, train_language_model
 from lavis_kvmod.demo.vision import VisionRecipe, train_vision_encoder
+from lavis_kvmod.demo.words import save_vocabulary, vocabulary
 from lavis_kvmod.system.paths import cache_dir
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "language_model_config",
     "parts_dir",
     "vision_weights",
+    "words",
 ]
 
 _CODE_VERSION = 1  # raise it when the same recipe would give other weights
@@ -87,6 +89,16 @@ def language_model(recipe: Recipe = DEMO) -> Path:
         return {"accuracy": train_language_model(recipe.language, folder)}
 
     return _part("language", recipe, recipe.language.seed, build)
+
+
+def words(recipe: Recipe = DEMO) -> Path:
+    """The folder of the words of the Q-Former's text side, written on first use. Raises as `build_parts`."""
+
+    def build(folder: Path) -> Dict[str, float]:
+        save_vocabulary(folder)
+        return {"words": float(len(vocabulary()))}
+
+    return _part("words", recipe, recipe.language.seed, build)
 
 
 def built(name: str, recipe: Recipe = DEMO) -> Optional[Path]:

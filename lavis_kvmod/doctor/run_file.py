@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_kvmod.config.loading import ARCH, KVModConfig, load_config
+from lavis_kvmod.config.loading import KVModConfig, load_config
 from lavis_kvmod.datasets.storage import stored, strings
 from lavis_kvmod.doctor.findings import MISSING, NOTE, OK, WARN, WRONG, Finding
 from lavis_kvmod.doctor.machine import GIB, Machine, gib, hf_cache, nearest, torch_hub
@@ -24,7 +24,7 @@ from lavis_kvmod.memory.runs import (
     training_step,
     with_allowance,
 )
-from lavis_kvmod.models.settings import ModelSettings, SettingsError
+from lavis_kvmod.models.settings import ModelSettings, SettingsError, settings_of
 from lavis_kvmod.runners.settings import RunnerSettings
 from lavis_kvmod.system.paths import absolute, resolve_config
 from lavis_kvmod.system.precision import amp_dtype
@@ -61,15 +61,19 @@ def run_file_findings(cfg_path: str, options: Sequence[str], machine: Machine) -
         return found
     if not any(problem.startswith("datasets") for problem in problems):
         found += data_findings(cfg.datasets_cfg)
-    if cfg.model_cfg.arch != ARCH:
+    declared = settings_of(cfg.model_cfg)
+    if declared is None:
         text = f"{cfg.model_cfg.arch} is LAVIS's own: its weights and memory are not looked at"
         return [*found, Finding(NOTE, text)]
     try:
-        settings = ModelSettings.from_config(cfg.model_cfg)
+        settings = declared.from_config(cfg.model_cfg)
         files = settings.weight_files()
     except (SettingsError, ImportError):  # among the problems
         return found
     sound = [file for file in files if not any(problem.startswith(f"{file.key}:") for problem in problems)]
+    if not isinstance(settings, ModelSettings):
+        text = f"memory is not computed for {cfg.model_cfg.arch}"
+        return [*found, *weight_findings(sound, {}), Finding(NOTE, text)]
     try:
         training, evaluation = _memory(cfg, machine)
     except Exception as error:  # sizes that are among the problems, or a PyTorch that cannot run without tensors

@@ -7,7 +7,7 @@ A member adds what stands behind the Q-Former, and its losses.
 """
 
 import contextlib
-from typing import Any, ClassVar, ContextManager, Dict, List, Mapping, Optional, Tuple
+from typing import Any, ClassVar, ContextManager, Dict, List, Mapping, Optional, Tuple, Type
 
 import torch
 from lavis.models.blip2_models.blip2 import Blip2Base
@@ -19,7 +19,7 @@ from lavis_kvmod.models.connectors.qformer import QFormer
 from lavis_kvmod.models.empty import empty_weights
 from lavis_kvmod.models.optimizer_groups import optimizer_groups
 from lavis_kvmod.models.parts import PartSummary, summarise, train_only
-from lavis_kvmod.models.settings import PREFIX_GATES, ModelSettings
+from lavis_kvmod.models.settings import PREFIX_GATES, ImageSideSettings
 from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB, FrozenFeatureCache, FrozenFeatures
 from lavis_kvmod.system.paths import resource
@@ -60,8 +60,13 @@ class KVModBase(Blip2Base):
     """
 
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[Dict[str, str]] = {}
+    default_model_type: ClassVar[str]
+    # The keys of the model section, of which `from_settings` gets an instance.
+    settings_class: ClassVar[Type[ImageSideSettings]] = ImageSideSettings
     # The parts behind the Q-Former, in the figure's order, and whether they are trained.
     behind_qformer: ClassVar[Mapping[str, bool]] = {}
+    # What else a checkpoint of a training holds, though no gradient reaches it; a checkpoint of others may lack it.
+    kept_in_training: ClassVar[Tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -253,7 +258,7 @@ class KVModBase(Blip2Base):
         return str(resource(cls.PRETRAINED_MODEL_CONFIG_DICT[model_type]))
 
     @classmethod
-    def from_settings(cls, settings: ModelSettings, load: bool = True) -> "KVModBase":
+    def from_settings(cls, settings: Any, load: bool = True) -> "KVModBase":
         """The parts that the settings describe, put together; frozen towers with their weights if ``load``."""
         raise NotImplementedError
 
@@ -265,7 +270,7 @@ class KVModBase(Blip2Base):
             SettingsError: listing all faults of the section.
             MissingWeightsError: listing all weights that cannot be had, before any is loaded.
         """
-        settings = ModelSettings.from_config(cfg)
+        settings = cls.settings_class.from_config(cfg)
         finding.require(settings.weight_files())
         model = cls.from_settings(settings)
         loading.load_named_checkpoint(model, settings)
@@ -280,10 +285,13 @@ class KVModBase(Blip2Base):
             MissingWeightsError: if the language model's size is not known.
         """
         with empty_weights():
-            return cls.from_settings(ModelSettings.from_config(cfg), load=False)
+            return cls.from_settings(cls.settings_class.from_config(cfg), load=False)
 
     def load_checkpoint(self, url_or_filename: str) -> LoadReport:
         """See `lavis_kvmod.models.loading.load_checkpoint`."""
         return loading.load_checkpoint(self, url_or_filename)
 
     load_from_pretrained = load_checkpoint
+
+    def after_loading(self, report: LoadReport) -> None:
+        """What a member does once a checkpoint was loaded."""

@@ -68,6 +68,7 @@ class Blip2OPTKVMod(KVModBase):
         *("pretrain_opt2.7b", "pretrain_opt6.7b", "caption_coco_opt2.7b", "caption_coco_opt6.7b", "demo"),
     )
     default_model_type = "pretrain_opt2.7b"
+    settings_class = ModelSettings
     behind_qformer = {"opt_proj": True, "opt_model": False}
 
     def __init__(

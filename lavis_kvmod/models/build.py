@@ -6,8 +6,15 @@ from typing import Any, Dict, NamedTuple, Optional
 from lavis_kvmod.models.connectors import CONNECTORS, ConnectorSizes
 from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
 from lavis_kvmod.models.connectors.registry import Connector
+from lavis_kvmod.models.language.bert import BLIP2_VOCABULARY, load_bert_tokenizer, start_from_bert
 from lavis_kvmod.models.language.opt import build_language_model
-from lavis_kvmod.models.settings import ModelSettings
+from lavis_kvmod.models.settings import (
+    ImageSideSettings,
+    ModelSettings,
+    MomentumSettings,
+    ObjectiveSettings,
+    Stage1Settings,
+)
 from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder, build_auxiliary_encoder
 from lavis_kvmod.models.vision.encoders import Vision, build_vision_encoder
 
@@ -20,7 +27,7 @@ class ImageSide(NamedTuple):
     kv_prefix: Optional[KVPrefixGenerator]
     connector: Connector
 
-    def arguments(self, settings: ModelSettings) -> Dict[str, Any]:
+    def arguments(self, settings: ImageSideSettings) -> Dict[str, Any]:
         """The arguments of a model's constructor that have to do with images."""
         return dict(
             visual_encoder=self.vision.visual_encoder,
@@ -38,14 +45,14 @@ class ImageSide(NamedTuple):
 
 
 def build_image_side(
-    settings: ModelSettings, *, load: bool = True, connector: str = "qformer", vocab_size: Optional[int] = None
+    settings: ImageSideSettings, *, load: bool = True, connector: str = "qformer", vocab_size: Optional[int] = None
 ) -> ImageSide:
     """Image encoder, auxiliary encoder, prefix generator and connector, as the settings have them.
 
     Args:
         load: frozen towers with their weights; without, no file is looked for.
         connector: the name of a registered connector.
-        vocab_size: of the Q-Former's text side; None builds none.
+        vocab_size: of the Q-Former's text side and its head for words; None builds neither.
 
     Raises:
         MissingWeightsError, CheckpointError: if the weights cannot be had, or do not fit.
@@ -68,7 +75,7 @@ def build_image_side(
     return ImageSide(vision, aux_encoder, kv_prefix, made)
 
 
-def _build_vision(settings: ModelSettings, load: bool) -> Vision:
+def _build_vision(settings: ImageSideSettings, load: bool) -> Vision:
     precision = settings.vit_precision
     if not settings.freeze_vit and precision != "fp32":
         logging.info(
@@ -108,6 +115,31 @@ def opt_arguments(settings: ModelSettings, *, load: bool = True, connector: str 
         prompt=settings.prompt,
         max_txt_len=settings.max_txt_len,
         answer_loss=settings.answer_loss,
+        ln_vision_loaded=image_side.vision.ln_vision_loaded,
+        **image_side.arguments(settings),
+    )
+
+
+def stage_1_arguments(settings: Stage1Settings, *, load: bool = True) -> Dict[str, Any]:
+    """The arguments of `Blip2KVMod`: the image side, a Q-Former that also reads texts, and its objectives.
+
+    Raises:
+        MissingWeightsError, CheckpointError: as `build_image_side`; also for BERT's files.
+    """
+    tokenizer = load_bert_tokenizer(settings.bert_model) if load else None
+    vocabulary = BLIP2_VOCABULARY if tokenizer is None else len(tokenizer)
+    image_side = build_image_side(settings, load=load, vocab_size=vocabulary)
+    if load and settings.from_bert and settings.checkpoint() is None:
+        start_from_bert(image_side.connector, settings.bert_model)
+    momentum = None if settings.momentum is None else MomentumSettings.of(settings.momentum)
+    return dict(
+        tokenizer=tokenizer,
+        embed_dim=settings.embed_dim,
+        max_txt_len=settings.max_txt_len,
+        objectives=ObjectiveSettings.of(settings.objectives).model_dump(),
+        own_pairs_only=settings.own_pairs_only,
+        momentum_queue=0 if momentum is None else momentum.queue,
+        **({} if momentum is None else {"momentum_rate": momentum.rate, "momentum_alpha": momentum.alpha}),
         ln_vision_loaded=image_side.vision.ln_vision_loaded,
         **image_side.arguments(settings),
     )

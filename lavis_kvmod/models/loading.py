@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
-from lavis_kvmod.models.settings import ModelSettings
+from lavis_kvmod.models.settings import ImageSideSettings
 from lavis_kvmod.models.vision.encoders import interpolate_positions
 from lavis_kvmod.weights import reading
 from lavis_kvmod.weights.files import StateDict
@@ -37,7 +37,7 @@ def load_checkpoint(model: "KVModBase", url_or_filename: str) -> LoadReport:
     return load_state(model, reading.read_weights(file), file)
 
 
-def load_named_checkpoint(model: "KVModBase", settings: ModelSettings) -> None:
+def load_named_checkpoint(model: "KVModBase", settings: ImageSideSettings) -> None:
     """Load ``finetuned`` or ``pretrained``; ours holds no ``ln_vision``, which then comes from ``pretrained``.
 
     Raises:
@@ -58,10 +58,11 @@ def load_named_checkpoint(model: "KVModBase", settings: ModelSettings) -> None:
 def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -> LoadReport:
     """`load_checkpoint`, of what was read from ``source``."""
     state = _at_image_size(model, _within_vocabulary(model, state))
-    groups = ["visual_encoder.", "opt_model.", "aux_encoder.", "kv_"]
+    groups = ["visual_encoder.", "aux_encoder.", "kv_", *model.kept_in_training]
+    groups += [f"{part}." for part, is_trained in model.behind_qformer.items() if not is_trained]
     if model.ln_vision_loaded:
         groups.append("ln_vision.")
-    if "itm_head.weight" in state:  # stage 1
+    if "itm_head.weight" in state and not hasattr(model, "itm_head"):  # stage 1's, into a model of stage 2
         groups.append("opt_proj.")
         state = {key: value for key, value in state.items() if not _STAGE_1_ONLY.match(key)}
     absent = tuple(g for g in groups if not any(key.startswith(g) for key in state))
@@ -71,6 +72,7 @@ def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -
     model.ln_vision_loaded = True
     if model.feature_cache is not None:
         model.feature_cache.clear()
+    model.after_loading(report)
     logging.info("loaded checkpoint %s", source)
     return report
 

@@ -1,7 +1,8 @@
 """Every key of the ``model:`` section: its default, its meaning, its check. Each default stands here and only here."""
 
-from typing import Any, Dict, List, Literal, Mapping, Optional
+from typing import Any, Dict, List, Literal, Mapping, Optional, Type, TypeVar
 
+from lavis_kvmod.models.language.bert import bert_files
 from lavis_kvmod.models.language.opt import language_model_weights
 from lavis_kvmod.models.language.text import check_prompt
 from lavis_kvmod.models.vision.auxiliary import AUXILIARY_ENCODERS, auxiliary_weights
@@ -17,12 +18,14 @@ ARCH = "blip2_opt_kvmod"
 Precision = Literal["fp16", "bf16", "fp32"]
 _GEOMETRY = "a table of sizes"
 
+SettingsType = TypeVar("SettingsType", bound="ImageSideSettings")
 
-class Blip2OPTSettings(Settings):
-    """LAVIS's keys for ``blip2_opt``, with its meanings."""
+
+class Blip2Settings(Settings):
+    """The keys that LAVIS's BLIP-2 models share, with its meanings."""
 
     arch: str = key(ARCH, "the model; LAVIS reads it")
-    model_type: Optional[str] = key(None, "the defaults to start from; `pretrain_opt2.7b` where there is none")
+    model_type: Optional[str] = key(None, "the defaults to start from: by default the pre-trained model's")
 
     load_finetuned: bool = key(True, "load `finetuned`, else `pretrained`")
     finetuned: Optional[str] = key(None, "this checkpoint (LAVIS's or ours; path or URL)")
@@ -40,14 +43,18 @@ class Blip2OPTSettings(Settings):
 
     num_query_token: int = key(32, "query tokens, and so soft-prompt vectors", gt=0)
 
+
+class Blip2OPTSettings(Settings):
+    """What ``blip2_opt`` reads beside them."""
+
     opt_model: str = key("facebook/opt-2.7b", "Hugging Face name, or a local folder")
     prompt: str = key("", "in front of captions; with `{}`, the frame of a question")
     max_txt_len: int = key(32, "most tokens of a caption, or of a prompt with its question", gt=0)
     apply_lemmatizer: bool = key(False, "not supported: lemmatise the answers afterwards")
 
 
-class ModelSettings(Blip2OPTSettings):
-    """The ``model:`` section of a LAVIS YAML, for ``arch: blip2_opt_kvmod``: LAVIS's keys, and this package's."""
+class ImageSideSettings(Blip2Settings):
+    """What this package's models share: the prefix, and the way of an image to the Q-Former's output."""
 
     kv_modulation: bool = key(True, "`false` builds stock BLIP-2 OPT")
     num_prefix_tokens: int = key(8, "Key/Value positions in front of the visual tokens", gt=0)
@@ -65,14 +72,6 @@ class ModelSettings(Blip2OPTSettings):
     aux_checkpoint: Optional[str] = key(None, "path or URL of the encoder's weights; its ImageNet weights by default")
     aux_image_size: Optional[int] = key(None, "side in pixels it sees (bilinear); as given by default", gt=0)
     vit_checkpoint: Optional[str] = key(None, "path or URL of the ViT's weights; LAVIS's by default")
-    opt_precision: Precision = key("fp16", "storage of OPT's weights")
-    opt_grad_checkpoint: bool = key(
-        False, "compute OPT's activations again in the backward pass: less memory, more time ([sizes.md](sizes.md))"
-    )
-    answer_loss: Literal["sample", "all"] = key(
-        "sample",
-        "`sample`: one answer a question, drawn by weight (in each epoch anew); `all`: all of them, weighted",
-    )
     cache_frozen_features: bool = key(
         False, "remember the frozen encoders' output by `image_key` (small sets without augmentation)"
     )
@@ -86,7 +85,7 @@ class ModelSettings(Blip2OPTSettings):
     qformer_geometry: Dict[str, Any] = key({}, "overrides of sizes, for small models", expected=_GEOMETRY)
 
     @classmethod
-    def from_config(cls, cfg: Mapping[str, Any]) -> "ModelSettings":
+    def from_config(cls: Type[SettingsType], cfg: Mapping[str, Any]) -> SettingsType:
         """Translate a ``model:`` section (dict or OmegaConf).
 
         Raises:
@@ -109,9 +108,7 @@ class ModelSettings(Blip2OPTSettings):
             found.append("finetuned: load_finetuned is true, so a checkpoint is needed here; got none")
         if self.cache_frozen_features and not self.freeze_vit:
             found.append("cache_frozen_features: needs freeze_vit: true, a trained ViT's features change")
-        if self.apply_lemmatizer:
-            found.append("apply_lemmatizer: not supported; lemmatise the answers after predict_answers")
-        return [*found, *check_prompt("prompt", self.prompt)]
+        return found
 
     def checkpoint(self) -> Optional[WeightFile]:
         """The BLIP-2 (or our own) checkpoint to load, if one is asked for."""
@@ -125,11 +122,128 @@ class ModelSettings(Blip2OPTSettings):
         """All files the model is built from."""
         files = [
             vision_weights(self.vit_model, self.vit_checkpoint),
-            language_model_weights(self.opt_model),
+            self.language_files(),
             auxiliary_weights(self.aux_encoder, self.aux_checkpoint) if self.kv_modulation else None,
             self.checkpoint(),
         ]
         return [file for file in files if file is not None]
 
+    def language_files(self) -> WeightFile:
+        """What stands behind the Q-Former, or reads its texts."""
+        raise NotImplementedError
 
-__all__ = ["ANSWER_LOSSES", "ARCH", "PREFIX_GATES", "ModelSettings", "SettingsError"]
+
+class ModelSettings(ImageSideSettings, Blip2OPTSettings):
+    """The ``model:`` section of a LAVIS YAML, for ``arch: blip2_opt_kvmod``."""
+
+    opt_precision: Precision = key("fp16", "storage of OPT's weights")
+    opt_grad_checkpoint: bool = key(
+        False, "compute OPT's activations again in the backward pass: less memory, more time ([sizes.md](sizes.md))"
+    )
+    answer_loss: Literal["sample", "all"] = key(
+        "sample",
+        "`sample`: one answer a question, drawn by weight (in each epoch anew); `all`: all of them, weighted",
+    )
+
+    def conflicts(self) -> List[str]:
+        """As for all models, and what is wrong with the prompt."""
+        found = super().conflicts()
+        if self.apply_lemmatizer:
+            found.append("apply_lemmatizer: not supported; lemmatise the answers after predict_answers")
+        return [*found, *check_prompt("prompt", self.prompt)]
+
+    def language_files(self) -> WeightFile:
+        """The frozen language model's folder."""
+        return language_model_weights(self.opt_model)
+
+
+class ObjectiveSettings(Settings):
+    """Stage 1's objectives, each with its weight in the loss; 0 turns one off."""
+
+    itc: float = key(1.0, "image and text of a pair are alike, others are not (contrastive)", ge=0)
+    itm: float = key(1.0, "pair or no pair, asked of hard negatives (matching); needs `itc` for its negatives", ge=0)
+    itg: float = key(1.0, "the text, word by word, from the image (captioning)", ge=0)
+    mlm: float = key(0.0, "masked words from the others and the image (ALBEF)", ge=0)
+
+    def conflicts(self) -> List[str]:
+        """All off, or matching without what chooses its negatives."""
+        if not any((self.itc, self.itm, self.itg, self.mlm)):
+            return ["itc: expected one of itc, itm, itg, mlm above 0, got none: nothing would be trained"]
+        if self.itm and not self.itc:
+            return [
+                "itm: its negatives are chosen by the contrastive features, which itc: 0 does not train; set itc too"
+            ]
+        return []
+
+
+class MomentumSettings(Settings):
+    """ALBEF's momentum model, for the contrastive loss."""
+
+    queue: int = key(65536, "samples of the last batches kept as negatives, in all", gt=0)
+    rate: float = key(0.995, "how much of itself the momentum model keeps at each batch", ge=0, lt=1)
+    alpha: float = key(0.4, "its share of the targets, reached over the first epoch", ge=0, le=1)
+
+
+class Stage1Settings(ImageSideSettings):
+    """The ``model:`` section for ``arch: blip2_kvmod``, and for the two that only score."""
+
+    arch: str = key("blip2_kvmod", "the model; LAVIS reads it")
+    max_txt_len: int = key(32, "most tokens of a text; what is longer is cut", gt=2)
+    embed_dim: int = key(256, "width of the space in which images and texts are compared", gt=0)
+    bert_model: str = key(
+        "bert-base-uncased", "Hugging Face name, or a local folder: the tokenizer, and the weights for `from_bert`"
+    )
+    from_bert: bool = key(
+        True,
+        "where no checkpoint is named, start the Q-Former from BERT's weights, as BLIP-2 did; else from random ones",
+    )
+    objectives: Dict[str, Any] = key({}, "weights of `itc`, `itm`, `itg` (1 each) and `mlm` (0)", expected="a table")
+    momentum: Optional[Dict[str, Any]] = key(
+        None, "`{queue, rate, alpha}`: ALBEF's momentum model; `{}` takes 65536, 0.995, 0.4", expected="a table"
+    )
+    own_pairs_only: bool = key(
+        False, "as LAVIS: equal texts, and other captions of the same image, count as negatives of each other"
+    )
+
+    def conflicts(self) -> List[str]:
+        """As for all models, and what is wrong inside the tables."""
+        found = super().conflicts()
+        tables: Dict[str, Type[Settings]] = {"objectives": ObjectiveSettings, "momentum": MomentumSettings}
+        for name, declared in tables.items():
+            given = getattr(self, name) or {}
+            unknown = [not_known(inner, declared.model_fields) for inner in given if inner not in declared.model_fields]
+            found += [f"{name}: {told}" for told in [*unknown, *declared.check(given)[1]]]
+        return found
+
+    def language_files(self) -> WeightFile:
+        """BERT's folder, of which the tokenizer is needed always."""
+        return bert_files(self.bert_model)
+
+
+# The archs of this package, and the keys of their model section.
+SETTINGS: Dict[str, Type[ImageSideSettings]] = {
+    ARCH: ModelSettings,
+    "blip2_kvmod": Stage1Settings,
+    "blip2_kvmod_feature_extractor": Stage1Settings,
+    "blip2_kvmod_image_text_matching": Stage1Settings,
+}
+
+
+def settings_of(model: Mapping[str, Any]) -> Optional[Type[ImageSideSettings]]:
+    """The keys of a model section by its ``arch``; None for a model of LAVIS's own."""
+    return SETTINGS.get(str(model.get("arch")))
+
+
+__all__ = [
+    "ANSWER_LOSSES",
+    "ARCH",
+    "PREFIX_GATES",
+    "SETTINGS",
+    "ImageSideSettings",
+    "ModelSettings",
+    "MomentumSettings",
+    "ObjectiveSettings",
+    "SettingsError",
+    "Stage1Settings",
+    "settings_of",
+]

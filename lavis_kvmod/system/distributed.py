@@ -9,6 +9,8 @@ from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional,
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
 
 # Minutes after which a rank gives up waiting for the others: rank 0 may download weights meanwhile.
 DEFAULT_TIMEOUT = 60
@@ -141,6 +143,32 @@ def all_reduce_sum(values: Sequence[float], device: torch.device) -> List[float]
     return tensor.tolist()
 
 
+def all_reduce_tensor(values: Tensor) -> Tensor:
+    """The sum over all ranks, on the device; without gradients."""
+    values = values.detach().clone()
+    if is_dist_avail_and_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(b, …) of each rank -> (B, …) of all, in rank order; gradients find their way back to the rank they belong to.
+
+    ``b`` may differ from rank to rank.
+    """
+    if not is_dist_avail_and_initialized():
+        return rows
+    sizes = [int(size) for size in gather([len(rows)])]
+    longest = max(sizes)
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    if rows.requires_grad:
+        parts = all_gather(padded)
+    else:
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded.contiguous())
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+
 def gather(rows: List[Any]) -> List[Any]:
     """The rows of all ranks, in rank order, on every rank."""
     if not is_dist_avail_and_initialized():
@@ -154,9 +182,11 @@ __all__ = [
     "DEFAULT_TIMEOUT",
     "Launch",
     "all_reduce_sum",
+    "all_reduce_tensor",
     "backend_for",
     "from_main",
     "gather",
+    "gather_rows",
     "get_rank",
     "get_world_size",
     "init_distributed",

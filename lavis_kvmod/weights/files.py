@@ -247,9 +247,11 @@ def listing(what: str, keys: list) -> str:
 
 
 def trained_state_dict(module: nn.Module) -> StateDict:
-    """What a finetuned checkpoint holds: the trained parameters, no frozen weight and no buffer."""
+    """What a finetuned checkpoint holds: the trained parameters, no frozen weight and no buffer; but what the model
+    itself says belongs to its training (``kept_in_training``, beginnings of names)."""
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    return {name: value for name, value in module.state_dict().items() if name in trained}
+    kept = tuple(getattr(module, "kept_in_training", ()))
+    return {name: value for name, value in module.state_dict().items() if name in trained or name.startswith(kept)}
 
 
 def sha256(path: PathLike) -> str:

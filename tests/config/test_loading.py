@@ -8,7 +8,7 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from lavis_kvmod.config.loading import load_config
-from lavis_kvmod.models.settings import ModelSettings, SettingsError
+from lavis_kvmod.models.settings import ModelSettings, SettingsError, settings_of
 from lavis_kvmod.runners.runner_kvmod import RunnerKVMod
 from lavis_kvmod.system.paths import resource
 from lavis_kvmod.system.schema import ConfigurationError
@@ -32,7 +32,7 @@ def test_every_yaml_loads(path, monkeypatch):
     """Run files pass every check but those of this machine (GPU, data, downloads); defaults are valid sections."""
     cfg = OmegaConf.load(resource(path))
     if path.startswith("configs/models"):
-        ModelSettings.from_config(cfg.model)
+        settings_of(cfg.model).from_config(cfg.model)
         assert {"vis_processor", "text_processor"} == set(cfg.preprocess)
     elif path.startswith("configs/datasets"):
         (section,) = cfg.datasets.values()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lavis_kvmod.models.connectors.attention import attend_with
 from lavis_kvmod.models.connectors.kv_prefix import KeyProjection, KVPrefix
 from lavis_kvmod.models.connectors.registry import ConnectorSizes, register_connector
+from lavis_kvmod.models.connectors.word_head import WordHead
 
 KeyValue = Tuple[Tensor, Tensor]
 
@@ -387,6 +388,7 @@ class QFormer(nn.Module):
         num_queries: number of query tokens (positions without a text position).
         cross_attention_freq: every how many layers, from layer 0, the queries attend to the image.
         vocab_size: None for query tokens alone (the OPT path); BLIP-2's 30523 builds the text side too.
+        word_head: also build ``cls``, from hidden states to words (stage 1); needs the text side.
     """
 
     def __init__(
@@ -403,6 +405,7 @@ class QFormer(nn.Module):
         layer_norm_eps: float = 1e-12,
         max_position_embeddings: int = 512,
         vocab_size: Optional[int] = None,
+        word_head: bool = False,
     ):
         super().__init__()
         if hidden_size % num_attention_heads:
@@ -412,6 +415,7 @@ class QFormer(nn.Module):
             )
         self.hidden_size = hidden_size
         self.num_attention_heads = num_attention_heads
+        self.vocab_size = vocab_size
         layers = [
             QFormerLayer(
                 hidden_size=hidden_size,
@@ -436,6 +440,8 @@ class QFormer(nn.Module):
             encoder=QFormerEncoder(layers),
             num_queries=num_queries,
         )
+        if word_head:
+            self.cls = WordHead(self.bert.embeddings.word_embeddings, layer_norm_eps=layer_norm_eps)
         self.apply(_init_as_bert)
 
     def forward(self, *args: Any, **kwargs: Any) -> QFormerOutput:
@@ -450,6 +456,7 @@ def build_qformer(settings: Any, sizes: ConnectorSizes) -> QFormer:
         encoder_width=sizes.visual_width,
         num_queries=sizes.num_queries,
         vocab_size=sizes.vocab_size,
+        word_head=sizes.vocab_size is not None,
         **settings.qformer_geometry,
     )
 
