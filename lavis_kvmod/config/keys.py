@@ -12,7 +12,13 @@ from lavis_kvmod.models.settings import (
 )
 from lavis_kvmod.runners.settings import NOT_READ, RunnerSettings, RunSettings
 from lavis_kvmod.system.schema import Settings
-from lavis_kvmod.tasks.settings import TASK_SETTINGS, CaptioningSettings, GenerationSettings, VQASettings
+from lavis_kvmod.tasks.settings import (
+    TASK_SETTINGS,
+    CaptioningSettings,
+    GenerationSettings,
+    RetrievalSettings,
+    VQASettings,
+)
 
 __all__ = ["TABLES", "Table", "run_defaults", "run_settings", "unread_keys"]
 
@@ -39,6 +45,7 @@ TABLES: Dict[str, Table] = {
     "generation": Table("run", GenerationSettings),
     "kvmod_vqa": Table("run", VQASettings),
     "kvmod_captioning": Table("run", CaptioningSettings),
+    "kvmod_retrieval": Table("run", RetrievalSettings),
 }
 
 

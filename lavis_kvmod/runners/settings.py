@@ -13,7 +13,6 @@ NOT_READ = {
     "dist_backend": "the device decides: nccl between GPUs, gloo between CPU processes",
     "rank": "torchrun or SLURM tells each process its own",
     "gpu": "torchrun or SLURM tells each process its own",
-    "k_test": "LAVIS's retrieval tasks alone read it",
     "task_type": "LAVIS's dialogue models alone read it",
 }
 

@@ -14,6 +14,7 @@ from lavis_kvmod.system.distributed import gather, get_rank
 from lavis_kvmod.system.progress import Progress
 from lavis_kvmod.tasks.datasets import BuildsDatasets
 from lavis_kvmod.tasks.retrieval_scores import Best, compare, pairs_of_batch, recall
+from lavis_kvmod.tasks.settings import RetrievalSettings
 from lavis_kvmod.weights.files import whole_or_nothing
 
 __all__ = ["KVModRetrievalTask", "Retrieved", "retrieve"]
@@ -48,7 +49,7 @@ class KVModRetrievalTask(BuildsDatasets):
     @classmethod
     def setup_task(cls, cfg: Any) -> "KVModRetrievalTask":
         """Build from LAVIS's config."""
-        return cls(k_test=cfg.run_cfg.get("k_test", 128))
+        return cls(k_test=RetrievalSettings.of(cfg.run_cfg).k_test)
 
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
         """Remember which data set is being evaluated."""

@@ -59,5 +59,20 @@ class CaptioningSettings(GenerationSettings):
     )
 
 
+class PretrainingSettings(Settings):
+    """What ``kvmod_pretrain`` reads: nothing but the model's objectives."""
+
+
+class RetrievalSettings(Settings):
+    """What ``kvmod_retrieval`` reads."""
+
+    k_test: int = key(128, "of the best, how many are ranked anew by the matching head; 0: none", ge=0)
+
+
 # What our tasks read, by the name that `run.task` has.
-TASK_SETTINGS: Dict[str, Type[Settings]] = {VQA: VQASettings, CAPTIONING: CaptioningSettings}
+TASK_SETTINGS: Dict[str, Type[Settings]] = {
+    VQA: VQASettings,
+    CAPTIONING: CaptioningSettings,
+    "kvmod_pretrain": PretrainingSettings,
+    "kvmod_retrieval": RetrievalSettings,
+}

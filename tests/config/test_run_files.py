@@ -17,7 +17,7 @@ from lavis_kvmod.config.keys import run_defaults, run_settings
 from lavis_kvmod.config.loading import load_config
 from lavis_kvmod.datasets import digits as digits_data
 from lavis_kvmod.demo import digits
-from lavis_kvmod.models.settings import ModelSettings
+from lavis_kvmod.models.settings import SETTINGS, ModelSettings
 from lavis_kvmod.system.paths import resource
 from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.weights import files as checkpoints
@@ -123,6 +123,9 @@ def small(benchmarks, model_config, yours, tmp_path, monkeypatch):
         cfg = raw(name)
         sizes = {**model_config(), "vit_model": "eva_clip_g"}
         sizes["finetuned"] = yours / f"{cfg.model.get('kv_modulation', True)}.pth"
+        if cfg.model.arch != "blip2_opt_kvmod":  # stage 1, from random weights
+            sizes = {key: sizes[key] for key in sizes if key in SETTINGS[cfg.model.arch].model_fields}
+            sizes.update(pretrained="null", finetuned="null")
         chosen = []
         for key, value in sizes.items():
             if key.endswith("geometry"):
@@ -174,8 +177,9 @@ def own_files(dataset, section, benchmarks, tmp_path):
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_it_is_valid_once_files_and_device_are_there(name, small):
     cfg = load_config(path_of(name), small(name))
-    assert (cfg.run_cfg.runner, cfg.model_cfg.arch) == ("runner_kvmod", "blip2_opt_kvmod")
     given = raw(name)
+    assert (cfg.run_cfg.runner, cfg.model_cfg.arch) == ("runner_kvmod", given.model.arch)
+    assert given.model.arch in SETTINGS
     for key in ("task", "train_splits", "valid_splits", "test_splits", "amp", "accum_grad_iters", "lr_sched"):
         assert cfg.run_cfg.get(key) == given.run.get(key, run_defaults().get(key)), key  # the structure is its own
 
