@@ -15,7 +15,7 @@ from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_kvmod.models import build
-from lavis_kvmod.models.base import KVModBase, model_type_files
+from lavis_kvmod.models.base import SoftPromptModel, model_type_files
 from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
 from lavis_kvmod.models.connectors.qformer import QFormerOutput
 from lavis_kvmod.models.language.answers import answers_of, mean_loss
@@ -44,7 +44,7 @@ class Encoded(NamedTuple):
     soft_prompt: Tensor
 
 
-class Blip2OPTKVMod(KVModBase):
+class Blip2OPTKVMod(SoftPromptModel):
     """BLIP-2 (arXiv 2301.12597) whose Q-Former also attends to a Key/Value prefix written by a second encoder.
 
     Trained: ``kv_prefix`` (and ``kv_gate``), ``Qformer`` with ``query_tokens``, ``opt_proj``. Frozen: the ViT with
