@@ -1,14 +1,14 @@
 """``kvmod_captioning``: finetune and evaluate captioning on any data set that has its captions."""
 
 import logging
-from typing import Any, Dict, List, Sequence, Set, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 from lavis.tasks.captioning import CaptionTask
 
 from lavis_kvmod.system.text_cleaning import one_line
 from lavis_kvmod.tasks.caption_metrics import METRICS, CaptionScores, aggregate, score_captions
 from lavis_kvmod.tasks.datasets import BuildsDatasets
-from lavis_kvmod.tasks.evaluation import DatasetEvaluation, Row, plain_id, unscored, with_scores
+from lavis_kvmod.tasks.evaluation import DatasetEvaluation, Row, decoding_of, known_to, plain_id, unscored
 from lavis_kvmod.tasks.ground_truth import captions_of
 from lavis_kvmod.tasks.predictions import confidence
 from lavis_kvmod.tasks.settings import CaptioningSettings
@@ -20,14 +20,23 @@ class KVModCaptionTask(DatasetEvaluation, CaptionTask, BuildsDatasets):
     Args:
         caption_metrics: which of `lavis_kvmod.tasks.caption_metrics.METRICS` to compute.
         valid_loss: also compute the mean loss, where evaluation batches carry a caption.
+        decoding: more arguments of the model's ``generate``.
         **lavis: LAVIS's own arguments.
     """
 
     target = "caption"
     goodness = ("CIDEr", "ROUGE_L", "Bleu_4", "METEOR", "exact_match")
 
-    def __init__(self, *, caption_metrics: Sequence[str] = METRICS, valid_loss: bool = True, **lavis):
+    def __init__(
+        self,
+        *,
+        caption_metrics: Sequence[str] = METRICS,
+        valid_loss: bool = True,
+        decoding: Optional[Dict[str, Any]] = None,
+        **lavis: Any,
+    ):
         super().__init__(**lavis)
+        self.decoding = decoding or {}
         self.caption_metrics = tuple(caption_metrics)
         self.valid_loss = valid_loss
         self._told: Set[str] = set()
@@ -44,6 +53,7 @@ class KVModCaptionTask(DatasetEvaluation, CaptionTask, BuildsDatasets):
             report_metric=settings.report_metric,
             caption_metrics=settings.caption_metrics,
             valid_loss=settings.valid_loss,
+            decoding=decoding_of(settings),
         )
 
     def has_targets(self, samples: Dict[str, Any]) -> bool:
@@ -51,15 +61,16 @@ class KVModCaptionTask(DatasetEvaluation, CaptionTask, BuildsDatasets):
         return "text_input" in samples and all(text.strip() for text in samples["text_input"])
 
     def valid_step(self, model, samples) -> List[Row]:
-        """One caption for each image of a batch."""
+        """One caption for each image of a batch: of several (``num_captions``) the likeliest, where a model says."""
         captions = model.generate(
             samples,
-            use_nucleus_sampling=False,
             num_beams=self.num_beams,
             max_length=self.max_len,
             min_length=self.min_len,
-            **with_scores(model.generate),
+            **known_to(model.generate, return_scores=True, **self.decoding),
         )
+        each = len(captions) // len(samples["image_id"])
+        captions = [_likeliest(captions[i : i + each]) for i in range(0, len(captions), each)]
         return [
             {
                 "instance_id": instance,
@@ -116,6 +127,10 @@ class KVModCaptionTask(DatasetEvaluation, CaptionTask, BuildsDatasets):
             if line not in self._told:
                 logging.warning("caption metrics: %s", line)
                 self._told.add(line)
+
+
+def _likeliest(captions: Sequence[Any]) -> Any:
+    return max(captions, key=lambda caption: getattr(caption, "log_prob", 0.0))
 
 
 def _left_out(scores: CaptionScores) -> str:

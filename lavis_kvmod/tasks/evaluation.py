@@ -16,8 +16,12 @@ from lavis_kvmod.system.distributed import gather, get_world_size
 from lavis_kvmod.system.progress import Progress
 from lavis_kvmod.tasks.batches import steps
 from lavis_kvmod.tasks.predictions import write_predictions
+from lavis_kvmod.tasks.settings import GenerationSettings
 
 Row = Dict[str, Any]
+
+# Keys of the run section that models know by the same names, beside the lengths and beams of LAVIS's tasks.
+DECODING = ("length_penalty", "repetition_penalty", "use_nucleus_sampling", "top_p", "temperature", "num_captions")
 
 # Streamed images cannot be asked for again, so the first ones, on all ranks together, are kept for a report's examples.
 PICTURES_KEPT = 96
@@ -188,9 +192,17 @@ def unscored() -> Dict[str, Any]:
     return {"agg_metrics": 0.0, "scored": 0}
 
 
-def with_scores(method: Callable) -> Dict[str, bool]:
-    """``{"return_scores": True}`` if a model's method can say how sure it is (LAVIS's own models cannot)."""
-    return {"return_scores": True} if "return_scores" in inspect.signature(method).parameters else {}
+def known_to(method: Callable, **wanted: Any) -> Dict[str, Any]:
+    """Those of the ``wanted`` arguments that a model's method has: not all of LAVIS's models can say how sure they are
+    (``return_scores``), or know all ways to search for a text."""
+    known = inspect.signature(method).parameters
+    return {name: value for name, value in wanted.items() if name in known}
+
+
+def decoding_of(settings: GenerationSettings) -> Dict[str, Any]:
+    """The keys of how a text is searched for that the run file sets, as arguments of a model's method: what it does not
+    set is the model's own."""
+    return {name: getattr(settings, name) for name in DECODING if name in settings.model_fields_set}
 
 
 def plain_id(value) -> Any:

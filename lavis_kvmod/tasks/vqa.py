@@ -9,7 +9,7 @@ from lavis_kvmod.datasets.answer_list import read_answer_list
 from lavis_kvmod.models.language.text import QUESTION
 from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.tasks.datasets import BuildsDatasets
-from lavis_kvmod.tasks.evaluation import DatasetEvaluation, Row, plain_id, unscored, with_scores
+from lavis_kvmod.tasks.evaluation import DatasetEvaluation, Row, decoding_of, known_to, plain_id, unscored
 from lavis_kvmod.tasks.ground_truth import Truth, official_truth, truth_of
 from lavis_kvmod.tasks.predictions import confidence
 from lavis_kvmod.tasks.settings import VQASettings
@@ -28,14 +28,23 @@ class KVModVQATask(DatasetEvaluation, VQATask, BuildsDatasets):
     Args:
         candidates: what ``inference_method: rank`` chooses from; by default the evaluated data set's ``answer_list``.
         valid_loss: also compute the mean loss, where evaluation batches carry the answers.
+        decoding: more arguments of the model's ``predict_answers``, for generated answers.
         **lavis: LAVIS's own arguments.
     """
 
     target = "answer"
     goodness = ("accuracy",)
 
-    def __init__(self, *, candidates: Optional[List[str]] = None, valid_loss: bool = True, **lavis):
+    def __init__(
+        self,
+        *,
+        candidates: Optional[List[str]] = None,
+        valid_loss: bool = True,
+        decoding: Optional[Dict[str, Any]] = None,
+        **lavis: Any,
+    ):
         super().__init__(**lavis)
+        self.decoding = decoding or {}
         self.candidates = candidates
         self.valid_loss = valid_loss
 
@@ -55,6 +64,7 @@ class KVModVQATask(DatasetEvaluation, VQATask, BuildsDatasets):
             prompt=settings.prompt or (model_prompt if QUESTION in model_prompt else DEFAULT_PROMPT),
             candidates=read_answer_list(settings.answer_list) if settings.answer_list else None,
             valid_loss=settings.valid_loss,
+            decoding=decoding_of(settings),
         )
 
     def build_datasets(self, cfg) -> Dict[str, Dict[str, Any]]:
@@ -111,7 +121,7 @@ class KVModVQATask(DatasetEvaluation, VQATask, BuildsDatasets):
             min_len=self.min_len,
             num_ans_candidates=self.num_ans_candidates,
             prompt=self.prompt,
-            **with_scores(model.predict_answers),
+            **known_to(model.predict_answers, return_scores=True, **self.decoding),
         )
         ids = zip(samples["instance_id"], samples["question_id"], samples["text_input"])
         return [

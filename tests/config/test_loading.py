@@ -221,3 +221,12 @@ def test_the_runner_is_a_lavis_runner():
 def test_the_output_folder_is_a_path(value):
     with pytest.raises(ConfigurationError, match="run.output_dir: expected the path of a folder"):
         load_config("projects/kvmod/demo_vqa.yaml", [f"run.output_dir={value}"])
+
+
+def test_texts_longer_than_the_language_model_are_told(tmp_path):
+    """The demo's has 128 positions."""
+    with pytest.raises(ConfigurationError) as told:
+        load_config("projects/kvmod/demo_vqa.yaml", [f"run.output_dir={tmp_path}", "run.max_len=120"])
+    (problem,) = told.value.problems
+    assert problem.startswith("run.max_len: model.num_query_token 8 + model.max_txt_len ")
+    assert problem.endswith(" positions, and demo has 128; set it lower")

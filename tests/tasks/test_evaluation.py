@@ -22,6 +22,7 @@ from lavis_kvmod.datasets.loading.images import first_with_same_image
 from lavis_kvmod.datasets.loading.loader import Loader
 from lavis_kvmod.datasets.loading.plans import SamplePlan
 from lavis_kvmod.datasets.loading.samples import SampleSource
+from lavis_kvmod.models.language.soft_prompt import ScoredAnswer, continue_texts
 from lavis_kvmod.system.lavis_paths import set_registry_path
 from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.tasks import evaluation as evaluation_module
@@ -488,3 +489,47 @@ def test_lavis_own_settings_build_the_tasks():
     task = KVModVQATask.setup_task(cfg)
     assert (task.num_beams, task.max_len, task.prompt, task.valid_loss) == (2, 7, "Q: {} A:", False)
     assert KVModCaptionTask.setup_task(cfg).caption_metrics == ("Bleu",)
+
+
+def test_decoding_keys_reach_the_model(build, questions, captions, result_dir, monkeypatch):
+    """Each under its own name; what a run file does not set is left to the model."""
+    keys = dict(length_penalty=2.0, repetition_penalty=1.5, use_nucleus_sampling=True, top_p=0.4, temperature=0.5)
+    searches = []
+
+    def spy(opt, tokenizer, soft_prompt, contexts, search, **kwargs):
+        searches.append(search)
+        return continue_texts(opt, tokenizer, soft_prompt, contexts, search, **kwargs)
+
+    monkeypatch.setattr("lavis_kvmod.models.blip2_opt_kvmod.continue_texts", spy)
+    model, model_cfg = build().eval(), {"prompt": ""}
+    for cls, dataset, run in (
+        (KVModVQATask, questions(), {**keys, "max_len": 4, "min_len": 2}),
+        (
+            KVModCaptionTask,
+            captions(),
+            {**keys, "max_len": 4, "min_len": 2, "num_captions": 3, "caption_metrics": ["Bleu"]},
+        ),
+    ):
+        evaluate(cls.setup_task(OmegaConf.create({"run_cfg": run, "model_cfg": model_cfg})), model, dataset)
+        search = searches.pop()
+        assert (search.length_penalty, search.repetition_penalty, search.top_p, search.temperature) == (
+            2,
+            1.5,
+            0.4,
+            0.5,
+        )
+        assert search.sample and search.min_new_tokens == 2 and search.max_new_tokens == 4
+        assert search.num_return_sequences == run.get("num_captions", 1)
+    assert len(rows_of(result_dir)) == 3
+    assert KVModVQATask.setup_task(OmegaConf.create({"run_cfg": {}, "model_cfg": model_cfg})).decoding == {}
+
+
+def test_of_several_captions_the_likeliest_is_scored(captions, result_dir):
+    class Drawing(BaseModel):
+        def generate(self, samples, num_captions=1, return_scores=False, **kwargs):
+            of_image = [ScoredAnswer("a dog", -3.0, 3), ScoredAnswer("a cat", -1.0, 3), ScoredAnswer("a bird", -2.0, 3)]
+            return of_image * len(samples["image"])
+
+    task = KVModCaptionTask(**CAPTIONING, valid_loss=False, decoding={"num_captions": 3})
+    evaluate(task, Drawing(), captions())
+    assert [row["caption"] for row in rows_of(result_dir)] == ["a cat"] * 3
