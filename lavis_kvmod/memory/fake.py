@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,7 +30,7 @@ def fake_device(
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _Nonzero(num_labels):
         warnings.simplefilter("ignore")
         _replace_by_fakes(model, device, half)
-        with _FlashAttention() if device == "cuda" else nullcontext():
+        with _FusedAttention() if device == "cuda" else nullcontext():
             yield
 
 
@@ -58,13 +58,21 @@ class _Nonzero(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _FlashAttention(TorchFunctionMode):
-    """The kernel that a GPU takes for ``scaled_dot_product_attention`` without a mask, which keeps no attention map;
-    where there is no GPU, PyTorch would take the one that does."""
+class _FusedAttention(TorchFunctionMode):
+    """The kernels that a GPU takes for ``scaled_dot_product_attention``, which keep no attention map; where there is no
+    GPU, PyTorch would take the one that does."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            query, key, value, mask, dropout = args
-            if mask is None:
-                return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout)[0]
+            return _fused_attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Optional[Tensor] = None, dropout_p: float = 0.0
+) -> Tensor:
+    if attn_mask is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p)[0]
+    scores = (*query.shape[:-1], key.shape[-2])
+    mask = attn_mask.expand(scores)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, mask, False, dropout_p)[0]
