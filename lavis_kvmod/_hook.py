@@ -70,6 +70,8 @@ class _LavisFinder:
         outermost one is whole.
         """
         self._depth += 1
+        if module.__name__ == "lavis":
+            _keep_from_tilde()
         try:
             loader.exec_module(module)
             self._due = self._due or module.__name__ == "lavis"
@@ -102,6 +104,16 @@ def _command_spec(name):
     from importlib.util import spec_from_file_location
 
     return spec_from_file_location(name, os.path.join(os.path.dirname(__file__), _COMMANDS[name]))
+
+
+def _keep_from_tilde():
+    """Where ``~`` stands for no folder (no HOME, a user id without a name) transformers, which LAVIS imports, makes one
+    that is called so."""
+    if os.path.expanduser("~") == "~" and not any(map(os.environ.get, ("HF_HOME", "TRANSFORMERS_CACHE"))):
+        import tempfile
+
+        mine = f"lavis_kvmod-{getattr(os, 'getuid', int)()}"
+        os.environ["TRANSFORMERS_CACHE"] = os.path.join(tempfile.gettempdir(), mine)
 
 
 def _activate():

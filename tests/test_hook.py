@@ -193,3 +193,14 @@ def test_a_hook_without_its_package_is_silent(python, tmp_path):
     code = "import site, sys; site.addsitedir('site'); print('lavis_kvmod' in sys.modules)"
     assert python(code, start="") == "False"
     assert python.stderr == ""
+
+
+def test_no_folder_is_called_tilde(tmp_path):
+    """A container's user id without a name, and no HOME: transformers would write its version into ``~``."""
+    nameless = "import os; os.path.expanduser = lambda path: path; import lavis.models"
+    env = {name: value for name, value in os.environ.items() if name not in ("HOME", "HF_HOME", "TRANSFORMERS_CACHE")}
+    env["TMPDIR"] = str(tmp_path / "tmp")
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "here").mkdir()
+    subprocess.run([sys.executable, "-c", nameless], cwd=tmp_path / "here", env=env, check=True, timeout=120)
+    assert list((tmp_path / "here").iterdir()) == []
