@@ -52,6 +52,7 @@ def packed(benchmarks, model_config, tmp_path):
         }
         used = {
             "train_splits": [s for s in splits if s == "train"],
+            "evaluate": "train" not in splits,
             "valid_splits": [s for s in splits if s != "train"],
         }
         run = {"task": "kvmod_captioning" if kind == "caption" else "kvmod_vqa", "device": "cpu", **used}
