@@ -1,6 +1,6 @@
 """OPT's attention without a gradient: PyTorch's fused kernel, and Keys and Values that have their place beforehand."""
 
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,7 @@ class CachedAttention(OPTAttention):
         self,
         hidden_states: Tensor,
         key_value_states: Optional[Tensor] = None,
-        past_key_value=None,
+        past_key_value: Any = None,
         attention_mask: Optional[Tensor] = None,
         layer_head_mask: Optional[Tensor] = None,
         output_attentions: bool = False,

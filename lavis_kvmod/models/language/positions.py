@@ -1,12 +1,12 @@
 """How long a sequence the language model can take: soft prompt, text and what is generated share its positions."""
 
-from typing import List, Optional
+from typing import Any, List, Optional
 
 from lavis_kvmod.models.language.opt import language_model_weights, opt_config
 from lavis_kvmod.weights.finding import MissingWeightsError
 
 
-def require_positions(opt, queries: int, text: int, new: int = 0) -> None:
+def require_positions(opt: Any, queries: int, text: int, new: int = 0) -> None:
     """Refuse a sequence of ``queries`` soft-prompt vectors, ``text`` tokens and ``new`` ones that is too long.
 
     Without it an embedding is looked up that is not there: a bare IndexError, on a GPU an assertion that ends the

@@ -5,7 +5,7 @@ vector, every other one at the token before it.
 """
 
 import math
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import Any, List, NamedTuple, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class ScoredAnswer(NamedTuple):
         return self.log_prob / max(self.num_tokens, 1)
 
 
-def token_losses(opt, soft_prompt: Tensor, text: TextBatch) -> Tuple[Tensor, Tensor]:
+def token_losses(opt: Any, soft_prompt: Tensor, text: TextBatch) -> Tuple[Tensor, Tensor]:
     """Cross-entropy of each labelled token of ``text`` (b, t) behind ``soft_prompt`` (b, q, width).
 
     Returns:
@@ -57,11 +57,11 @@ def token_losses(opt, soft_prompt: Tensor, text: TextBatch) -> Tuple[Tensor, Ten
         return_dict=True,
     ).last_hidden_state
     predicts = hidden[:, q - 1 : -1]  # (b, t, width)
-    row, column = (text.labels != IGNORED).nonzero(as_tuple=True)
+    row, column = (text.targets != IGNORED).nonzero(as_tuple=True)
     if not len(row):
         raise ValueError("nothing to predict in this batch: every caption is no longer than its prompt")
     logits = opt.lm_head(predicts[row, column])  # only where there is a loss
-    return row, F.cross_entropy(logits.float(), text.labels[row, column], reduction="none")
+    return row, F.cross_entropy(logits.float(), text.targets[row, column], reduction="none")
 
 
 def full_mask(soft_prompt: Tensor, text: TextBatch) -> Tensor:
@@ -71,7 +71,7 @@ def full_mask(soft_prompt: Tensor, text: TextBatch) -> Tensor:
 
 
 def continue_texts(
-    opt, tokenizer, soft_prompt: Tensor, contexts: Sequence[List[int]], search: Search, *, stop: int
+    opt: Any, tokenizer: Any, soft_prompt: Tensor, contexts: Sequence[List[int]], search: Search, *, stop: int
 ) -> List[Continuation]:
     """What OPT adds to each context up to the token ``stop``; several continuations of a context stand together.
 
@@ -93,8 +93,8 @@ def continue_texts(
 
 
 def rank_answers(
-    opt,
-    tokenizer,
+    opt: Any,
+    tokenizer: Any,
     soft_prompt: Tensor,
     contexts: Sequence[List[int]],
     candidates: Sequence[str],
@@ -141,7 +141,7 @@ def rank_answers(
     return best
 
 
-def _later_tokens(opt, past, mask: Tensor, text: TextBatch) -> Tensor:
+def _later_tokens(opt: Any, past: Any, mask: Tensor, text: TextBatch) -> Tensor:
     """Log-probability (b,) of each row's tokens after the first, behind Keys and Values ``past``."""
     if text.input_ids.shape[1] == 1:
         return torch.zeros(len(text.input_ids), device=mask.device)
@@ -152,7 +152,7 @@ def _later_tokens(opt, past, mask: Tensor, text: TextBatch) -> Tensor:
         use_cache=False,
         return_dict=True,
     ).last_hidden_state
-    row, column = (text.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    row, column = (text.targets[:, 1:] != IGNORED).nonzero(as_tuple=True)
     logits = opt.lm_head(hidden[row, column]).float()
-    loss = F.cross_entropy(logits, text.labels[row, column + 1], reduction="none")
+    loss = F.cross_entropy(logits, text.targets[row, column + 1], reduction="none")
     return loss.new_zeros(len(text.input_ids)).index_add(0, row, -loss)

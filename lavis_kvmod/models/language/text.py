@@ -5,7 +5,7 @@ The text is tokenised as LAVIS and OPT do: BOS (``</s>``) first, and a closing n
 
 import logging
 import re
-from typing import Callable, List, NamedTuple, Optional, Sequence, Set, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Set, Union
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ QUESTION = "{}"
 QUESTIONS_TOLD = 10
 
 Prompt = Union[str, Sequence[str]]
+Device = Union[str, torch.device]
 
 
 class TextBatch(NamedTuple):
@@ -27,8 +28,15 @@ class TextBatch(NamedTuple):
     attention_mask: Tensor
     labels: Optional[Tensor] = None
 
+    @property
+    def targets(self) -> Tensor:
+        """The labels of a text that is to be learnt, or scored."""
+        if self.labels is None:
+            raise ValueError("expected a text with labels, got one to be continued")
+        return self.labels
 
-def check_prompt(key: str, prompt) -> List[str]:
+
+def check_prompt(key: str, prompt: Any) -> List[str]:
     """Problems of a prompt: it is text, with at most one place for the question, and no other braces."""
     if not isinstance(prompt, str):
         return [f"{key}: expected text, got {prompt!r}"]
@@ -52,7 +60,7 @@ def one_each(prompt: Prompt, count: int) -> List[str]:
     return list(prompt)
 
 
-def question_contexts(tokenizer, questions: Sequence[str], prompt: Prompt, max_length: int) -> List[List[int]]:
+def question_contexts(tokenizer: Any, questions: Sequence[str], prompt: Prompt, max_length: int) -> List[List[int]]:
     """Token ids of each prompt with its question filled in, at most ``max_length`` many.
 
     A context that is too long loses the end of its *question*, but never all of it: the prompt's end, where the answer
@@ -76,7 +84,7 @@ def question_contexts(tokenizer, questions: Sequence[str], prompt: Prompt, max_l
     return contexts
 
 
-def _fit(tokenizer, template: str, question: str, max_length: int) -> List[int]:
+def _fit(tokenizer: Any, template: str, question: str, max_length: int) -> List[int]:
     def ids(end: int) -> List[int]:
         # The template is filled by `replace`, not `format`: a question may itself contain braces.
         return tokenizer(template.replace(QUESTION, question[:end].rstrip())).input_ids
@@ -143,7 +151,7 @@ def shown(text: str, longest: int = 200) -> str:
     return repr(text if len(text) <= longest else f"{text[:half]} … {text[-half:]}")
 
 
-def answer_ids(tokenizer, answer: str, what: str = "the answer") -> List[int]:
+def answer_ids(tokenizer: Any, answer: str, what: str = "the answer") -> List[int]:
     """Tokens of an answer as the model is to write it: a leading space, the text on one line, the closing newline;
     never cut.
 
@@ -156,7 +164,7 @@ def answer_ids(tokenizer, answer: str, what: str = "the answer") -> List[int]:
     return tokenizer(f" {answer}\n", add_special_tokens=False).input_ids
 
 
-def answer_batch(tokenizer, contexts: Sequence[List[int]], answers: Sequence[str], device) -> TextBatch:
+def answer_batch(tokenizer: Any, contexts: Sequence[List[int]], answers: Sequence[str], device: Device) -> TextBatch:
     """Contexts followed by their answers, padded on the right; the loss is on the answers alone.
 
     Raises:
@@ -166,19 +174,23 @@ def answer_batch(tokenizer, contexts: Sequence[List[int]], answers: Sequence[str
     return continuation_batch(tokenizer, contexts, targets, device)
 
 
-def continuation_batch(tokenizer, contexts: Sequence[List[int]], added: Sequence[List[int]], device) -> TextBatch:
+def continuation_batch(
+    tokenizer: Any, contexts: Sequence[List[int]], added: Sequence[List[int]], device: Device
+) -> TextBatch:
     """Contexts followed by token ids, padded on the right; only what was added is labelled."""
     rows = [context + target for context, target in zip(contexts, added)]
     labels = [[IGNORED] * len(context) + target for context, target in zip(contexts, added)]
     return _pad(tokenizer, rows, labels, side="right", device=device)
 
 
-def caption_contexts(tokenizer, prompt: Prompt, count: int) -> List[List[int]]:
+def caption_contexts(tokenizer: Any, prompt: Prompt, count: int) -> List[List[int]]:
     """Token ids that each of ``count`` captions is trained, validated and generated behind: BOS and its prompt."""
     return [tokenizer(start.rstrip()).input_ids for start in one_each(prompt, count)]
 
 
-def caption_batch(tokenizer, captions: Sequence[str], prompt: Prompt, max_length: int, device) -> TextBatch:
+def caption_batch(
+    tokenizer: Any, captions: Sequence[str], prompt: Prompt, max_length: int, device: Device
+) -> TextBatch:
     """Captions behind their prompt, padded on the right; the loss is on the captions alone.
 
     A prompt that stands in front already, as LAVIS's text processors can put it there, is not put there again. As in
@@ -208,12 +220,14 @@ def without_prompt(caption: str, prompt: str) -> str:
     return rest.strip() if start.lower() == prompt.lower() and not cuts_a_word else caption
 
 
-def prompt_batch(tokenizer, contexts: Sequence[List[int]], device) -> TextBatch:
+def prompt_batch(tokenizer: Any, contexts: Sequence[List[int]], device: Device) -> TextBatch:
     """Contexts to be continued, padded on the left so that each ends where generation starts."""
     return _pad(tokenizer, contexts, None, side="left", device=device)
 
 
-def _pad(tokenizer, rows, labels, *, side: str, device) -> TextBatch:
+def _pad(
+    tokenizer: Any, rows: Sequence[List[int]], labels: Optional[Sequence[List[int]]], *, side: str, device: Device
+) -> TextBatch:
     longest = max(len(row) for row in rows)
 
     def padded(values: Sequence[List[int]], fill: int) -> Tensor:
