@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full style map bench clean full-size memory parity
+.PHONY: help demo test test-full test-gpu style map bench clean full-size memory parity
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 20
@@ -30,6 +30,10 @@ test: $(STAMP) ## run the fast tests
 test-full: $(STAMP) ## run all tests, the slow ones and the faults too (writes output/faults.json)
 	@status=0; $(PYTEST) -m '' --ignore=tests/faults || status=1; \
 	$(BIN)/python -m pytest -m '' tests/faults || status=1; exit $$status
+
+# Each test is a process of its own, and they share one GPU: one after the other.
+test-gpu: $(STAMP) ## run what needs a GPU
+	@LAVIS_KVMOD_TEST_DEVICE=cuda $(BIN)/python -m pytest -m gpu tests/gpu
 
 style: $(STAMP) ## check style, formatting, types, and that imports run downwards
 	@$(BIN)/ruff check .

@@ -6,13 +6,12 @@ nothing heavy: the public names are loaded when they are first asked for (PEP 56
 
 import os
 
-from lavis_kvmod._version import __version__
-
 OFF = "LAVIS_KVMOD_DISABLE"
 
 # To type checkers what `typing.TYPE_CHECKING` is, without importing `typing` at every start.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from lavis_kvmod._version import __version__
     from lavis_kvmod.models.blip2_opt_kvmod import Blip2OPTKVMod
     from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
     from lavis_kvmod.models.connectors.registry import register_connector
@@ -33,6 +32,7 @@ _LAZY = {
     "Backbone": "lavis_kvmod.models.vision.auxiliary",
     "Blip2OPTKVMod": "lavis_kvmod.models.blip2_opt_kvmod",
     "KVPrefixGenerator": "lavis_kvmod.models.connectors.kv_prefix",
+    "__version__": "lavis_kvmod._version",
     "register_auxiliary_encoder": "lavis_kvmod.models.vision.auxiliary",
     "register_connector": "lavis_kvmod.models.connectors.registry",
     "register_image_encoder": "lavis_kvmod.models.vision.encoders",

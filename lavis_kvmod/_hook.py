@@ -17,10 +17,17 @@ import sys
 
 from lavis_kvmod import OFF, disabled
 
+# As in __init__.py: `typing` is not imported at every start.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any, Optional, Set
+
 _COMMANDS = {"lavis.train": "commands/train.py", "lavis.evaluate": "commands/evaluate.py"}
 
 
-def install():
+def install() -> None:
     """Put the finder in front of the others, once."""
     present = any(type(finder).__name__ == _LavisFinder.__name__ for finder in sys.meta_path)
     if not present and not disabled():
@@ -30,12 +37,12 @@ def install():
 class _LavisFinder:
     """Finds modules through the other finders, and watches those after which we have work to do."""
 
-    def __init__(self):
-        self._asking = set()  # names being looked up, in case another finder asks all finders too
+    def __init__(self) -> None:
+        self._asking: Set[str] = set()  # names being looked up, in case another finder asks all finders too
         self._depth = 0  # watched modules that are being executed at this moment
         self._due = False  # LAVIS has been imported, and the plugin has not been activated since
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: "Any" = None, target: "Any" = None) -> "Optional[ModuleSpec]":
         if name in _COMMANDS:
             if self._find_elsewhere(name, path, target) is not None:
                 return None  # LAVIS has the module itself
@@ -44,11 +51,11 @@ class _LavisFinder:
             spec = self._find_elsewhere(name, path, target)
             # A folder that only happens to be called `lavis` has no code whose end we could await.
             if spec is not None and hasattr(spec.loader, "exec_module"):
-                spec.loader = _WatchedLoader(spec.loader, self)
+                spec.loader = _WatchedLoader(spec.loader, self)  # type: ignore[assignment]
             return spec
         return None
 
-    def _find_elsewhere(self, name, path, target):
+    def _find_elsewhere(self, name: str, path: "Any", target: "Any") -> "Optional[ModuleSpec]":
         if name in self._asking:
             return None
         self._asking.add(name)
@@ -62,7 +69,7 @@ class _LavisFinder:
         finally:
             self._asking.discard(name)
 
-    def execute(self, loader, module):
+    def execute(self, loader: "Any", module: "ModuleType") -> None:
         """Run `module` through its own `loader`, then activate the plugin if it is time.
 
         Our modules are watched too because they import LAVIS: activating halfway through, say,
@@ -85,28 +92,28 @@ class _LavisFinder:
 class _WatchedLoader:
     """Stands in for a module's own loader until the module is executed."""
 
-    def __init__(self, loader, finder):
+    def __init__(self, loader: "Any", finder: _LavisFinder) -> None:
         self._loader = loader
         self._finder = finder
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> "Any":
         return getattr(object.__getattribute__(self, "_loader"), name)
 
-    def create_module(self, spec):
+    def create_module(self, spec: "ModuleSpec") -> "Optional[ModuleType]":
         return self._loader.create_module(spec)
 
-    def exec_module(self, module):
-        module.__loader__ = module.__spec__.loader = self._loader
+    def exec_module(self, module: "ModuleType") -> None:
+        module.__loader__ = module.__spec__.loader = self._loader  # type: ignore[union-attr]
         self._finder.execute(self._loader, module)
 
 
-def _command_spec(name):
+def _command_spec(name: str) -> "Optional[ModuleSpec]":
     from importlib.util import spec_from_file_location
 
     return spec_from_file_location(name, os.path.join(os.path.dirname(__file__), _COMMANDS[name]))
 
 
-def _keep_from_tilde():
+def _keep_from_tilde() -> None:
     """Where ``~`` stands for no folder (no HOME, a user id without a name) transformers, which LAVIS imports, makes one
     that is called so."""
     if os.path.expanduser("~") == "~" and not any(map(os.environ.get, ("HF_HOME", "TRANSFORMERS_CACHE"))):
@@ -116,7 +123,7 @@ def _keep_from_tilde():
         os.environ["TRANSFORMERS_CACHE"] = os.path.join(tempfile.gettempdir(), mine)
 
 
-def _activate():
+def _activate() -> None:
     try:
         from lavis_kvmod.plugin import activate
 

@@ -8,6 +8,7 @@ import functools
 import os
 import sys
 from importlib import import_module
+from typing import Any, Callable
 
 from lavis_kvmod.system.lavis_paths import lavis_registry, set_registry_path
 from lavis_kvmod.system.paths import absolute
@@ -39,7 +40,7 @@ _REGISTERED = (
 )
 
 
-def activate():
+def activate() -> None:
     """Make LAVIS know our classes. Calling it again changes nothing.
 
     All classes are imported, and all names found free, before the first is registered: a failure
@@ -57,7 +58,7 @@ def activate():
         set_registry_path("cache_root", absolute(os.environ[_CACHE_ROOT]))
 
 
-def _is_registered(kind, name, cls):
+def _is_registered(kind: str, name: str, cls: type) -> bool:
     known = lavis_registry().mapping[f"{kind}_name_mapping"].get(name)
     if known not in (None, cls):
         raise KeyError(
@@ -67,11 +68,11 @@ def _is_registered(kind, name, cls):
     return known is cls
 
 
-def _full_name(cls):
+def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _refresh_zoos():
+def _refresh_zoos() -> None:
     """Have LAVIS list its models and data sets anew: it did so once, before ours were there."""
     from lavis.datasets.builders import dataset_zoo
     from lavis.models import model_zoo
@@ -80,7 +81,7 @@ def _refresh_zoos():
         zoo.__init__()  # in place, because others hold the same object
 
 
-def _wrap_loaders():
+def _wrap_loaders() -> None:
     """Let `model_type` be left out where a model class has a default, and name unknown models."""
     import lavis.models
 
@@ -95,19 +96,19 @@ def _wrap_loaders():
                 setattr(module, name, wrapper)
 
 
-def _with_default_model_type(load):
+def _with_default_model_type(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
-    def wrapper(name, *args, **kwargs):
+    def wrapper(name: str, *args: Any, **kwargs: Any) -> Any:
         default = getattr(_model_class(name), "default_model_type", None)
         if default is not None and not args and kwargs.get("model_type") is None:
             kwargs["model_type"] = default
         return load(name, *args, **kwargs)
 
-    wrapper._wrapped_by_kvmod = True
+    wrapper._wrapped_by_kvmod = True  # type: ignore[attr-defined]
     return wrapper
 
 
-def _model_class(name):
+def _model_class(name: str) -> type:
     cls = lavis_registry().get_model_class(name)
     if cls is None:
         known = ", ".join(lavis_registry().list_models())

@@ -1,5 +1,12 @@
 """Small real models: LAVIS's own classes and real files, at a geometry that runs in milliseconds."""
 
+import os
+
+# Before torch is imported: where there is a GPU the tests see none, and so are the same everywhere (and may fork, which
+# a process that has used a GPU must not). Those of tests/gpu ask for it, with `make test-gpu`.
+if os.environ.get("LAVIS_KVMOD_TEST_DEVICE") != "cuda":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread

@@ -19,7 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "lavis_kvmod.pth")
 PACKAGED_FOLDERS = ("lavis_kvmod", "configs", "projects")
-WAYS = ("wheel", "pip install .", "pip install -e .")
+# `pip install .` makes a wheel, and installs it.
+WAYS = ("wheel", pytest.param("pip install .", marks=pytest.mark.slow), "pip install -e .")
 
 # What a user meets after `import lavis`. lavis_kvmod is imported by name only once that is seen.
 FACTS = r"""

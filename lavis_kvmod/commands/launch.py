@@ -17,7 +17,7 @@ from lavis_kvmod.config.loading import KVModConfig, load_config
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.runners.run_folder import RunFolderError
 from lavis_kvmod.system.distributed import from_main, get_rank, init_distributed, leaves_group
-from lavis_kvmod.system.quiet import hide_deprecations
+from lavis_kvmod.system.quiet import CountsWarnings, hide_deprecations
 from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.weights.files import CheckpointError
 
@@ -57,7 +57,8 @@ def build_runner(cfg: KVModConfig) -> Any:
     from lavis.common.registry import registry
 
     init_distributed(cfg.run_cfg)
-    seed_everything(cfg.run_cfg.seed + get_rank(), cfg.run_cfg.get("deterministic", False))
+    # On all ranks alike: only what is trained is sent around, so what a model draws must be the same.
+    seed_everything(cfg.run_cfg.seed, cfg.run_cfg.get("deterministic", False))
     set_up_logging()
     cfg.pretty_print()
 
@@ -70,6 +71,8 @@ def build_runner(cfg: KVModConfig) -> Any:
     task = tasks.setup_task(cfg)
     datasets = task.build_datasets(cfg)
     model = task.build_model(cfg)
+    if get_rank() > 0:
+        seed_everything(cfg.run_cfg.seed + get_rank(), cfg.run_cfg.get("deterministic", False))
     return runner_cls(cfg=cfg, task=task, model=model, datasets=datasets, **place)
 
 
@@ -91,12 +94,14 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 
 
 def set_up_logging() -> None:
-    """Log lines of rank 0, warnings of the others."""
+    """Log lines of rank 0, warnings of the others; one that comes again and again is counted."""
     logging.basicConfig(
         level=logging.INFO if get_rank() == 0 else logging.WARNING,
         format="%(asctime)s [%(levelname)s] %(message)s",
         force=True,
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(CountsWarnings())
     hide_deprecations()
 
 

@@ -22,7 +22,7 @@ _PACKAGES = "salesforce-lavis torch torchvision transformers timm tokenizers num
 
 def environment(device: torch.device, world_size: int) -> Dict[str, Any]:
     """Plain values for environment.json."""
-    versions = {"python": platform.python_version(), "lavis-kvmod": lavis_kvmod.__version__}
+    versions: Dict[str, Optional[str]] = {"python": platform.python_version(), "lavis-kvmod": lavis_kvmod.__version__}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)

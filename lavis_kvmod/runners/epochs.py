@@ -3,18 +3,17 @@
 import itertools
 import logging
 import math
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from lavis.common.dist_utils import is_main_process
-from lavis.datasets.data_utils import prepare_sample
-from lavis.runners.runner_base import RunnerBase
 
 from lavis_kvmod.datasets.bad_samples import BadSampleCounter
 from lavis_kvmod.datasets.loading.loader import PADDING
 from lavis_kvmod.runners.pace import Pace
-from lavis_kvmod.runners.settings import RunnerSettings
+from lavis_kvmod.runners.saving import SavesRuns
 from lavis_kvmod.runners.signals import Stopped
+from lavis_kvmod.runners.steps import StepResult
 from lavis_kvmod.runners.training_state import get_rng_state, set_rng_state
 from lavis_kvmod.system.distributed import gather
 from lavis_kvmod.system.progress import Progress
@@ -22,10 +21,8 @@ from lavis_kvmod.system.progress import Progress
 __all__ = ["TrainsEpochs"]
 
 
-class TrainsEpochs(RunnerBase):
-    """A part of the runner: reads its `state`, `train_loader`, `gradient_step` and `schedule`; moves `state` on."""
-
-    settings: RunnerSettings
+class TrainsEpochs(SavesRuns):
+    """Reads `train_loader`, `gradient_step` and `schedule`; moves `state` on."""
 
     def train_epoch(self, epoch: int) -> Dict[str, Any]:
         """Train what is left of an epoch; returns its facts for log.txt.
@@ -45,13 +42,14 @@ class TrainsEpochs(RunnerBase):
         loader.set_epoch(epoch, state.batch)
         total = self.batches_in(epoch)
         self._bad_samples = self._count_bad_samples()
+        self._unread: List[str] = []  # what could not be read for the step that is being computed
         batches = itertools.islice(loader, max(0, total - state.batch))
         progress = Progress(batches, f"epoch {epoch}", self.log_freq, start=state.batch, total=total)
         pace = Pace(len(loader) * self.max_epoch, done=self._batches_done(), samples=state.samples)
         samples = None
         for i, samples in enumerate(progress, start=state.batch):
             pace.got_data()
-            samples = prepare_sample(samples, cuda_enabled=self.cuda_enabled)
+            samples = on_device(samples, self.device)
             samples.update(epoch=epoch, num_iters_per_epoch=total, iters=i)
             is_last, stop = self._train_batch(samples, i, total)
             state.batch = i + 1
@@ -83,25 +81,33 @@ class TrainsEpochs(RunnerBase):
         self.schedule.set(epoch=state.epoch, step=i // accumulate, steps_per_epoch=-(-total // accumulate))
         bad_samples = samples.pop("bad_samples", [])
         size = 0 if samples.get(PADDING) else _num_samples(samples)
-        num_samples, num_bad, stop = self.gradient_step.add(
+        self.gradient_step.add(
             samples,
             num_batches=group_size,
             is_last=is_last,
             counts=[size, len(bad_samples), self.signals.received is not None],
         )
-        state.samples += int(num_samples)
-        bad_samples = gather(bad_samples) if num_bad else []
-        state.bad_samples = list(dict.fromkeys([*state.bad_samples, *bad_samples]))
-        self._bad_samples.update(int(num_samples), bad_samples)
-        if is_last:
-            self._step(i)
+        self._unread.extend(bad_samples)
+        if not is_last:
+            return False, False
+        result = self.gradient_step.finish()
+        num_samples, num_bad, stop = result.counts
+        self._count_samples(int(num_samples), gather(self._unread) if num_bad else [])
+        self._unread = []
+        self._count_step(result, i)
         if not self.use_distributed:  # nobody to agree with, so what came during the step counts too
             stop = self.signals.received is not None
-        return is_last, bool(stop)
+        return True, bool(stop)
 
-    def _step(self, i: int) -> None:
+    def _count_samples(self, number: int, bad: List[str]) -> None:
+        """Of a step, on all ranks: how many there were, and a line for each that could not be read."""
         state = self.state
-        result = self.gradient_step.finish()
+        state.samples += number
+        state.bad_samples = list(dict.fromkeys([*state.bad_samples, *bad]))
+        self._bad_samples.update(number, bad)
+
+    def _count_step(self, result: StepResult, i: int) -> None:
+        state = self.state
         if result.problem is None:
             state.steps_counted += 1
             state.loss_sum += result.loss
@@ -184,10 +190,16 @@ class TrainsEpochs(RunnerBase):
         set_rng_state(randomness, self.device)
         return share
 
-    def _batches_done(self) -> int:
-        if "train" not in self.dataloaders:  # in an evaluation
-            return 0
-        return self.state.epoch * len(self.train_loader) + self.state.batch
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """A batch whose tensors are on the device; nothing waits for the copies (LAVIS's prepare_sample does)."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: on_device(each, device) for key, each in value.items()}
+    if isinstance(value, list):
+        return [on_device(each, device) for each in value]
+    return value
 
 
 def _num_samples(samples: Dict[str, Any]) -> int:

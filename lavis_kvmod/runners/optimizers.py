@@ -1,7 +1,7 @@
 """Which parameters share an optimizer's settings."""
 
 import inspect
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from torch import nn
 __all__ = ["build_optimizer"]
 
 
-def build_optimizer(model: nn.Module, run_cfg) -> Optional[torch.optim.AdamW]:
+def build_optimizer(model: nn.Module, run_cfg: Any) -> Optional[torch.optim.AdamW]:
     """AdamW over the groups a model makes itself (``get_optimizer_params``, as in LAVIS main); None if it makes none.
 
     Of the run section: ``init_lr``, ``weight_decay``, ``beta2``, ``lr_layer_decay`` (the ViT's layer-wise decay, LAVIS

@@ -4,7 +4,7 @@ import logging
 import random
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sized, Tuple
 
 import numpy as np
 import torch
@@ -103,12 +103,12 @@ def load_optimizer(optimizer: Optimizer, state: Dict[str, Any], source: str) -> 
         group.update(own)
 
 
-def data_order(run_cfg, loader, world_size: int) -> Dict[str, Any]:
+def data_order(run_cfg: Any, loader: Any, world_size: int) -> Dict[str, Any]:
     """What decides which samples a position in an epoch stands behind."""
     dataset = getattr(loader, "dataset", None)
     return {
         "seed": int(run_cfg.seed),
-        "num_samples": len(dataset) if hasattr(dataset, "__len__") else None,
+        "num_samples": len(dataset) if isinstance(dataset, Sized) else None,
         "num_batches": len(loader),
         "global_batch": int(run_cfg.batch_size_train) * world_size,
         "accum_grad_iters": int(run_cfg.get("accum_grad_iters", 1)),

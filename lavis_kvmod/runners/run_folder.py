@@ -156,7 +156,7 @@ class RunFolder:
         self._write(contents, path, meant=path)
         return path
 
-    def _write(self, contents, path: Path, meant: Path) -> None:
+    def _write(self, contents: Dict[str, Any], path: Path, meant: Path) -> None:
         try:
             files.save(contents, path)
         except (OSError, RuntimeError) as error:  # torch turns some OSErrors into RuntimeErrors
@@ -296,7 +296,11 @@ def _about(path: Path) -> Dict[str, Any]:
 
 def _has_no_locks(error: Exception) -> bool:
     """Whether a lock failed because the file system has none; filelock's word for ENOSYS is NotImplementedError."""
-    return isinstance(error, NotImplementedError) or error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+    return isinstance(error, NotImplementedError) or getattr(error, "errno", None) in (
+        errno.ENOLCK,
+        errno.EOPNOTSUPP,
+        errno.ENOSYS,
+    )
 
 
 def _who(path: Path) -> str:

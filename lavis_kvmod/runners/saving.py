@@ -2,14 +2,15 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Union
 
 import torch
 from lavis.common.dist_utils import is_main_process
+from torch import nn
 
 from lavis_kvmod.runners import resuming
+from lavis_kvmod.runners.parts import RunParts
 from lavis_kvmod.runners.run_folder import BEST, checkpoint_problem
-from lavis_kvmod.runners.settings import RunnerSettings
 from lavis_kvmod.runners.training_state import RunState, get_rng_state
 from lavis_kvmod.system.distributed import gather, get_rank, get_world_size, on_main
 from lavis_kvmod.system.secrets import without_secrets
@@ -19,10 +20,12 @@ from lavis_kvmod.weights.files import CheckpointError
 __all__ = ["SavesRuns"]
 
 
-class SavesRuns:
-    """Mix-in: between the runner's model, `optimizer`, `scaler`, `state` and `log`, and its `folder`."""
+class SavesRuns(RunParts):
+    """Between the runner's model, `optimizer`, `scaler`, `state` and `log`, and its `folder`."""
 
-    settings: RunnerSettings
+    def __init__(self, **given: Any):
+        super().__init__(**given)
+        self._load_what_is_evaluated()
 
     def _save_checkpoint(self, cur_epoch: int, is_best: bool = False, in_place: bool = False) -> None:
         """Write what is trained, and all that a resumed run needs to go on as if nothing had happened. All ranks call
@@ -60,7 +63,7 @@ class SavesRuns:
 
         on_main(write)
 
-    def _reload_best_model(self, model):
+    def _reload_best_model(self, model: nn.Module) -> nn.Module:
         """Load the best checkpoint's weights (LAVIS fails if none was saved, runner_base.py:597).
 
         Raises:
@@ -112,7 +115,7 @@ class SavesRuns:
             logging.info("evaluating the weights of %s (run.resume_ckpt_path)", path)
 
     @staticmethod
-    def _load_trained(model, state: Dict[str, Any], source) -> None:
+    def _load_trained(model: nn.Module, state: Dict[str, Any], source: Union[str, Path]) -> None:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         frozen = set(model.state_dict()) - trained
         reading.load_weights(model, state["model"], source=source, may_lack=frozen)

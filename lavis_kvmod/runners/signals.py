@@ -5,7 +5,8 @@ import os
 import signal
 import threading
 from contextlib import contextmanager
-from typing import Dict, Iterator, Optional
+from types import FrameType
+from typing import Any, Dict, Iterator, Optional
 
 __all__ = ["StopSignals", "Stopped"]
 
@@ -25,11 +26,11 @@ class StopSignals:
     signal of either kind does.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: Optional[int] = None
         self._at_once = False
         self._process = os.getpid()
-        self._previous: Dict[int, object] = {}
+        self._previous: Dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         self.received, self._process = None, os.getpid()
@@ -38,7 +39,7 @@ class StopSignals:
                 self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous.clear()
@@ -54,7 +55,7 @@ class StopSignals:
         finally:
             self._at_once = False
 
-    def _handle(self, signum: int, frame) -> None:
+    def _handle(self, signum: int, frame: Optional[FrameType]) -> None:
         if os.getpid() != self._process:  # a data worker, forked with our handlers
             return
         if self._at_once:

@@ -9,7 +9,7 @@ several ranks, give what one large batch gives. A single batch on a single proce
 import contextlib
 import logging
 import math
-from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +17,34 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lavis_kvmod.datasets.loading.loader import PADDING
-from lavis_kvmod.system.distributed import all_reduce_sum, gather
+from lavis_kvmod.system.distributed import all_reduce_tensor, gather
 
 __all__ = ["GradientStep", "StepResult", "identify"]
 
 
 class StepResult(NamedTuple):
     """The loss over all batches and ranks, and the norm of its gradient before clipping; ``problem`` says why there was
-    no step, if there was none."""
+    no step, if there was none. ``counts``: the sums of what was counted, over batches and ranks."""
 
     loss: float
     grad_norm: float
     problem: Optional[str] = None
+    counts: Sequence[float] = ()
+
+
+class _Batch(NamedTuple):
+    """What is kept of a batch until the step is taken; scalars that nobody has waited for."""
+
+    loss: Tensor
+    weight: Tensor
+    ids: Optional[Tuple[str, List[Any]]]
 
 
 class GradientStep:
     """Adds up the gradients of a step's batches, and takes the step.
+
+    Between two steps the GPU is waited for once, and the ranks exchange numbers once: whether a loss was not finite is
+    seen when the step is due, by the norm of its gradient and the sum of its losses.
 
     Args:
         model: as wrapped for several processes.
@@ -41,6 +53,8 @@ class GradientStep:
         optimizer, scaler: the scaler may be None.
         autocast: gives the context to compute in.
         max_grad_norm: clip to this norm; None for no clipping.
+        usual_weight: about the ``loss_weight`` of a batch. Losses are divided by it, so that gradients keep their size
+            for a scaler; what it is changes no result, as it is taken as a power of two.
         world_size, device: as usual.
     """
 
@@ -52,8 +66,9 @@ class GradientStep:
         train_step: Callable[..., Any],
         optimizer: Optimizer,
         scaler: Optional[torch.amp.GradScaler] = None,
-        autocast: Callable[[], Any] = contextlib.nullcontext,
+        autocast: Callable[[], ContextManager] = contextlib.nullcontext,
         max_grad_norm: Optional[float] = None,
+        usual_weight: float = 1.0,
         world_size: int = 1,
         device: torch.device,
     ):
@@ -62,29 +77,29 @@ class GradientStep:
         self._optimizer, self._scaler = optimizer, scaler
         self._autocast = autocast
         self._max_grad_norm = max_grad_norm
+        self._usual_weight = 2.0 ** round(math.log2(usual_weight))
         self._world_size, self._device = world_size, device
-        self._loss_weight: Optional[Tensor] = None
+        self._loss_weight: Any = None
         inner.register_forward_hook(self._remember_loss_weight)
         self._checked_gradients = False
         self._begin()
 
     def _begin(self) -> None:
-        # The first batch's mean weight over ranks: losses are divided by it, so that gradients keep their size.
-        self._reference: Optional[float] = None
-        self._total_weight, self._total_loss = 0.0, 0.0
-        self._problems: List[str] = []
+        self._batches: List[_Batch] = []
+        self._counts: List[float] = []
+        self._divisor: Optional[float] = None  # of the losses; None where they are left as they are
 
     def _remember_loss_weight(self, module: nn.Module, args: Any, output: Any) -> None:
         self._loss_weight = output.get("loss_weight") if isinstance(output, dict) else None
 
-    def add(self, samples: Dict[str, Any], *, num_batches: int, is_last: bool, counts: Sequence[float]) -> List[float]:
-        """Compute one batch and add its gradient. Returns the sums of ``counts``.
+    def add(self, samples: Dict[str, Any], *, num_batches: int, is_last: bool, counts: Sequence[float]) -> None:
+        """Compute one batch and add its gradient.
 
         Args:
             samples: the batch, on the device.
             num_batches: how many batches this step has.
             is_last: whether this is the step's last.
-            counts: numbers to be added up over all ranks, as there is an exchange anyway.
+            counts: numbers to be added up over the step's batches and all ranks, as there is an exchange anyway.
         """
         is_padding = bool(samples.pop(PADDING, False))
         with self._exchange_of_gradients(is_last):
@@ -92,18 +107,13 @@ class GradientStep:
                 self._loss_weight = None
                 loss = self._train_step(model=self._model, samples=samples)
                 loss = loss[0] if isinstance(loss, tuple) else loss
-            value = loss.item()
-            weight = 0.0 if is_padding else 1.0 if self._loss_weight is None else float(self._loss_weight)
-            is_bad = not math.isfinite(value)
-            weighted = 0.0 if is_bad else weight * value
-            bad, weight_sum, loss_sum, *sums = all_reduce_sum([is_bad, weight, weighted, *counts], self._device)
-            if bad:
-                self._note(f"the loss is {value}" if is_bad else None, samples)
-            elif not self._problems:
-                self._total_weight += weight_sum
-                self._total_loss += loss_sum
-                self._backward(loss, weight, weight_sum, alone=self._world_size == 1 and num_batches == 1)
-        return sums
+            weight = self._weight(loss.detach(), is_padding)
+            self._batches.append(_Batch(loss.detach(), weight, _ids(samples)))
+            self._counts = [a + b for a, b in zip(self._counts or [0.0] * len(counts), counts)]
+            if self._world_size > 1 or num_batches > 1:
+                self._divisor = 1.0 if self._loss_weight is None else self._usual_weight
+                loss = loss * (weight / self._divisor)
+            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
 
     def _exchange_of_gradients(self, is_last: bool) -> ContextManager:
         """Between ranks, once a step."""
@@ -111,50 +121,66 @@ class GradientStep:
             return self._model.no_sync()
         return contextlib.nullcontext()
 
-    def _note(self, problem: Optional[str], samples: Dict[str, Any]) -> None:
-        told = gather([] if problem is None else [f"{problem} ({identify(samples)})"])
-        self._problems.extend(told)
-
-    def _backward(self, loss: Tensor, weight: float, weight_sum: float, alone: bool) -> None:
-        if not alone:
-            if self._reference is None:
-                self._reference = weight_sum / self._world_size or 1.0
-            loss = loss * (weight / self._reference)
-        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+    def _weight(self, loss: Tensor, is_padding: bool) -> Tensor:
+        if is_padding or self._loss_weight is None:
+            return torch.full((), 0.0 if is_padding else 1.0, device=loss.device)
+        return torch.as_tensor(self._loss_weight, device=loss.device).detach().float()
 
     def finish(self) -> StepResult:
         """Take the step, unless a loss or the gradient is not finite; the gradients are then dropped."""
         try:
-            if self._problems:
-                return StepResult(math.nan, math.nan, "; ".join(self._problems))
-            loss = self._total_loss / (self._total_weight or 1.0)
             self._check_gradients()
-            trained = [p for group in self._optimizer.param_groups for p in group["params"]]
             if self._scaler is not None:
                 self._scaler.unscale_(self._optimizer)
-            if self._reference is not None and self._total_weight:
-                # DDP has taken the mean over ranks of gradients that were divided by the reference.
-                factor = self._reference * self._world_size / self._total_weight
-                if factor != 1:
-                    torch._foreach_mul_([p.grad for p in trained if p.grad is not None], factor)
+            facts = self._facts()
+            trained = [p for group in self._optimizer.param_groups for p in group["params"]]
+            if self._divisor is not None:
+                # DDP has taken the mean over ranks of gradients that were divided.
+                weight = facts[1]
+                factor = torch.where(weight > 0, self._divisor * self._world_size / weight, torch.ones_like(weight))
+                torch._foreach_mul_([p.grad for p in trained if p.grad is not None], factor)
             norm = self._clip(trained)
-            if self._scaler is not None:  # it takes no step where a gradient is not finite, and scales less
-                self._scaler.step(self._optimizer)
-                self._scaler.update()
-                if not math.isfinite(norm) and self._scaler.get_scale() < 1:  # no overflow that a smaller scale mends
-                    return StepResult(loss, norm, f"the norm of the gradient is {norm}, whatever the losses' scale")
-            elif math.isfinite(norm):
-                self._optimizer.step()
-            else:
-                return StepResult(loss, norm, f"the norm of the gradient is {norm}")
-            return StepResult(loss, norm)
+            # Here the GPU is waited for.
+            norm, num_bad, weight, loss, *counts = torch.cat([norm.detach().double().view(1), facts]).tolist()
+            problem = self._problem() if num_bad else self._step(norm)
+            return StepResult(loss / (weight or 1.0) if not num_bad else math.nan, norm, problem, counts)
         finally:
             self._optimizer.zero_grad()
             self._begin()
 
-    def _clip(self, parameters: List[nn.Parameter]) -> float:
+    def _facts(self) -> Tensor:
+        """Over all batches and ranks: how many losses are not finite, the sum of the weights, that of the losses times
+        their weights, and the counts. (3 + counts,), on the device."""
+        losses = torch.stack([batch.loss.double() for batch in self._batches])
+        weights = torch.stack([batch.weight.double() for batch in self._batches])
+        is_finite = torch.isfinite(losses)
+        sums = [(~is_finite).sum(), weights.sum(), torch.where(is_finite, losses * weights, 0.0).sum()]
+        counts = torch.tensor(self._counts, dtype=torch.float64).to(losses.device, non_blocking=True)
+        return all_reduce_tensor(torch.cat([torch.stack([each.double() for each in sums]), counts]))
+
+    def _problem(self) -> str:
+        """Which losses are not finite, on all ranks. The scaler's scale stays: it is none of its affairs."""
+        if self._scaler is not None:
+            self._scaler.update(self._scaler.get_scale())
+        read = [(batch.loss.item(), _named(batch.ids)) for batch in self._batches]
+        return "; ".join(gather([f"the loss is {loss} ({name})" for loss, name in read if not math.isfinite(loss)]))
+
+    def _step(self, norm: float) -> Optional[str]:
+        """What keeps the step from being taken, if anything does."""
+        if self._scaler is None:
+            if not math.isfinite(norm):
+                return f"the norm of the gradient is {norm}"
+            self._optimizer.step()
+            return None
+        self._scaler.step(self._optimizer)  # takes no step where a gradient is not finite, and scales less
+        self._scaler.update()
+        if not math.isfinite(norm) and self._scaler.get_scale() < 1:  # no overflow that a smaller scale mends
+            return f"the norm of the gradient is {norm}, whatever the losses' scale"
+        return None
+
+    def _clip(self, parameters: List[nn.Parameter]) -> Tensor:
         limit = math.inf if self._max_grad_norm is None else self._max_grad_norm
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
 
     def _check_gradients(self) -> None:
         """At the first step: does everything that is trained get a gradient?
@@ -176,7 +202,15 @@ class GradientStep:
 
 def identify(samples: Dict[str, Any]) -> str:
     """The ids of a batch's samples, as far as it carries any."""
+    return _named(_ids(samples))
+
+
+def _ids(samples: Dict[str, Any]) -> Optional[Tuple[str, List[Any]]]:
     for key in ("instance_id", "question_id", "image_id", "image_key", "text_input"):
         if key in samples:
-            return f"{key} {list(samples[key])[:8]}"
-    return "its samples carry no id"
+            return key, list(samples[key])[:8]
+    return None
+
+
+def _named(ids: Optional[Tuple[str, List[Any]]]) -> str:
+    return "its samples carry no id" if ids is None else f"{ids[0]} {ids[1]}"

@@ -5,7 +5,7 @@ All of it is plain values and tensors, so that a checkpoint is read without runn
 
 import random
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Tuple, cast
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class RunState:
 def get_rng_state(device: torch.device) -> Dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators, and of the GPU's if ``device`` is one."""
     version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    kind, keys, position, has_gauss, cached = cast(Tuple[str, np.ndarray, int, int, float], np.random.get_state())
     return {
         "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],

@@ -4,13 +4,14 @@ import contextlib
 import datetime
 import os
 import re
-from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
+from torch.nn.parallel import DistributedDataParallel
 
 # Minutes after which a rank gives up waiting for the others: rank 0 may download weights meanwhile.
 DEFAULT_TIMEOUT = 60
@@ -19,6 +20,11 @@ DEFAULT_TIMEOUT = 60
 def backend_for(device_type: str) -> str:
     """NCCL between GPUs, gloo between CPU processes."""
     return "nccl" if device_type == "cuda" else "gloo"
+
+
+def group_device(device_type: str, local_rank: int) -> Optional[torch.device]:
+    """The GPU that NCCL is told: it would guess one, and say so, at the first barrier."""
+    return torch.device("cuda", local_rank) if device_type == "cuda" else None
 
 
 class Launch(NamedTuple):
@@ -92,6 +98,7 @@ def init_distributed(run_cfg: Any) -> None:
             init_method=run_cfg.get("dist_url", "env://"),
             rank=launch.rank,
             world_size=launch.world_size,
+            device_id=group_device(device_type, run_cfg.gpu),
             timeout=datetime.timedelta(minutes=float(run_cfg.get("dist_timeout", None) or DEFAULT_TIMEOUT)),
         )
 
@@ -108,6 +115,24 @@ def leaves_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def data_parallel(model: nn.Module, gpu: Optional[int]) -> DistributedDataParallel:
+    """``model`` with its trained parameters made rank 0's, and their gradients averaged over all ranks.
+
+    What is frozen is left alone, buffers too: all ranks have it from the same files.
+
+    Args:
+        model: on its device.
+        gpu: its number; None on the CPU.
+    """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in model.named_buffers()]
+    # DDP has no public way to leave parameters alone; this is what its own tests use.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
+    return DistributedDataParallel(
+        model, device_ids=None if gpu is None else [gpu], broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
 def from_main(value: Any) -> Any:
     """Rank 0's ``value``, on every rank."""
     if not is_dist_avail_and_initialized():
@@ -120,7 +145,7 @@ def from_main(value: Any) -> Any:
 def on_main(function: Callable[[], Any]) -> Any:
     """What ``function`` gives on rank 0, on every rank. If it fails there, all ranks raise what it raised, so that none
     waits for ever."""
-    outcome = None
+    outcome: Tuple[Any, Optional[Exception]] = (None, None)
     if get_rank() == 0:
         try:
             outcome = (function(), None)
@@ -128,19 +153,15 @@ def on_main(function: Callable[[], Any]) -> Any:
             if not is_dist_avail_and_initialized():
                 raise
             outcome = (None, error)
-    value, error = from_main(outcome)
-    if error is not None:
-        raise error
+    value, failed = from_main(outcome)
+    if failed is not None:
+        raise failed
     return value
 
 
 def all_reduce_sum(values: Sequence[float], device: torch.device) -> List[float]:
-    """Each value's sum over all ranks."""
-    if not is_dist_avail_and_initialized():
-        return [float(value) for value in values]
-    tensor = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
-    return tensor.tolist()
+    """Each value's sum over all ranks, as numbers."""
+    return all_reduce_tensor(torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)).tolist()
 
 
 def all_reduce_tensor(values: Tensor) -> Tensor:
@@ -184,11 +205,13 @@ __all__ = [
     "all_reduce_sum",
     "all_reduce_tensor",
     "backend_for",
+    "data_parallel",
     "from_main",
     "gather",
     "gather_rows",
     "get_rank",
     "get_world_size",
+    "group_device",
     "init_distributed",
     "launch_of",
     "launched_rank",

@@ -101,14 +101,14 @@ def cache_dir() -> Path:
     return absolute(os.environ.get(CACHE) or "~/.cache/lavis_kvmod")
 
 
-def _roots():
+def _roots() -> List[Path]:
     """The folders which may hold ``configs/`` and ``projects/``."""
     checkout = _PACKAGE.parent
     # Beside an installed package is site-packages, where LAVIS's wheel leaves a `projects` too.
     return [_PACKAGE, checkout] if (checkout / "setup.py").is_file() else [_PACKAGE]
 
 
-def _lavis_roots():
+def _lavis_roots() -> List[Path]:
     spec = find_spec("lavis")  # found, not imported: that takes seconds
     return [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
 

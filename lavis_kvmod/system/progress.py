@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from typing import Iterable, Iterator, Optional
+from typing import Iterable, Iterator, Optional, Sized, cast
 
 from lavis.common.dist_utils import is_main_process
 from tqdm import tqdm
@@ -40,14 +40,20 @@ class Progress:
             yield from self._iterable
         elif sys.stderr.isatty():
             # A bar must not share its line with log records.
-            settings = dict(desc=self._title, leave=False, dynamic_ncols=True)
-            self._bar = tqdm(self._iterable, initial=self._start, total=self._total, **settings)
+            self._bar = tqdm(
+                self._iterable,
+                initial=self._start,
+                total=self._total,
+                desc=self._title,
+                leave=False,
+                dynamic_ncols=True,
+            )
             yield from self._bar
         else:
             yield from self._logged()
 
     def _logged(self) -> Iterator:
-        total = len(self._iterable) if self._total is None else self._total
+        total = len(cast(Sized, self._iterable)) if self._total is None else self._total
         start = time.monotonic()
         for i, item in enumerate(self._iterable, start=self._start + 1):
             yield item

@@ -1,6 +1,6 @@
 """The batches of an evaluation, on ranks that may have more or fewer of them than others."""
 
-from typing import Any, Dict, Iterable, Iterator, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Optional
 
 from lavis_kvmod.system.distributed import gather
 from lavis_kvmod.system.sharding import is_sharded
@@ -14,7 +14,9 @@ class Step(NamedTuple):
     all_have_targets: bool
 
 
-def steps(loader: Iterable, batches: Iterable[Dict[str, Any]], model, has_targets) -> Iterator[Step]:
+def steps(
+    loader: Any, batches: Iterable[Dict[str, Any]], model: Any, has_targets: Callable[[Dict[str, Any]], bool]
+) -> Iterator[Step]:
     """The batches of this rank.
 
     A sharded language model must be run equally often on all ranks, or they would wait for each other for ever. A rank
@@ -30,16 +32,17 @@ def steps(loader: Iterable, batches: Iterable[Dict[str, Any]], model, has_target
         for samples in batches:
             yield Step(samples, counts=True, all_have_targets=has_targets(samples))
         return
-    own, last = iter(batches), None
+    own = iter(batches)
+    last: Dict[str, Any] = {}
     while True:
-        samples = next(own, None)
-        if not any(gather([samples is not None])):
+        mine: Optional[Dict[str, Any]] = next(own, None)
+        if not any(gather([mine is not None])):
             return
-        counts, last = samples is not None, samples or last or _first_sample(loader)
+        counts, last = mine is not None, mine or last or _first_sample(loader)
         yield Step(dict(last), counts, all(gather([has_targets(last)])))
 
 
-def _first_sample(loader) -> Optional[Dict[str, Any]]:
+def _first_sample(loader: Any) -> Dict[str, Any]:
     if hasattr(loader, "first_sample"):  # streamed
         return loader.first_sample()
     return loader.collate_fn([loader.dataset[0]])

@@ -105,20 +105,20 @@ def aggregate(metrics: Dict[str, float]) -> Optional[float]:
 # ---------------------------------------------------------------- the scorers: (gts, res) -> {name: (mean, by image)}
 
 
-def _bleu(gts, res) -> Dict[str, tuple]:
+def _bleu(gts: dict, res: dict) -> Dict[str, tuple]:
     means, by_image = Bleu(4).compute_score(gts, res, verbose=0)
     return {f"Bleu_{n}": pair for n, pair in enumerate(zip(means, by_image), start=1)}
 
 
-def _rouge(gts, res) -> Dict[str, tuple]:
+def _rouge(gts: dict, res: dict) -> Dict[str, tuple]:
     return {"ROUGE_L": Rouge().compute_score(gts, res)}
 
 
-def _cider(gts, res) -> Dict[str, tuple]:
+def _cider(gts: dict, res: dict) -> Dict[str, tuple]:
     return {"CIDEr": Cider().compute_score(gts, res)}
 
 
-def _meteor(gts, res) -> Dict[str, tuple]:
+def _meteor(gts: dict, res: dict) -> Dict[str, tuple]:
     separated = {i: [text.replace("|||", "") for text in texts] for i, texts in gts.items()}
     with _running_meteor() as meteor:
         return {"METEOR": meteor.compute_score(separated, res)}
@@ -148,7 +148,7 @@ def _ignoring_broken_pipes() -> Iterator[None]:
         pass
 
 
-def _spice(gts, res) -> Dict[str, tuple]:
+def _spice(gts: dict, res: dict) -> Dict[str, tuple]:
     mean, by_image = spice_module.Spice().compute_score(gts, res)
     return {"SPICE": (mean, [scores["All"]["f"] for scores in by_image])}
 

@@ -42,7 +42,7 @@ class KVModCaptionTask(DatasetEvaluation, CaptionTask, BuildsDatasets):
         self._told: Set[str] = set()
 
     @classmethod
-    def setup_task(cls, cfg) -> "KVModCaptionTask":
+    def setup_task(cls, cfg: Any) -> "KVModCaptionTask":
         """Build from LAVIS's config, with its recipes' values as defaults."""
         settings = CaptioningSettings.of(cfg.run_cfg)
         return cls(
@@ -60,7 +60,7 @@ class KVModCaptionTask(DatasetEvaluation, CaptionTask, BuildsDatasets):
         """Whether a batch carries captions, as our data sets' do."""
         return "text_input" in samples and all(text.strip() for text in samples["text_input"])
 
-    def valid_step(self, model, samples) -> List[Row]:
+    def valid_step(self, model: Any, samples: Dict[str, Any]) -> List[Row]:
         """One caption for each image of a batch: of several (``num_captions``) the likeliest, where a model says."""
         captions = model.generate(
             samples,
@@ -91,9 +91,9 @@ class KVModCaptionTask(DatasetEvaluation, CaptionTask, BuildsDatasets):
             list(dict.fromkeys(c for i in of_image for c in captions_of(annotations[i]))) for of_image in images
         ]
         rows = list(rows)
-        for of_image, known in zip(images, references):
+        for of_image, captions in zip(images, references):
             for i in of_image:
-                rows[i] = _complete(rows[i], annotations[i], known)
+                rows[i] = _complete(rows[i], annotations[i], captions)
         if not self.report_metric:
             return rows, unscored()
 

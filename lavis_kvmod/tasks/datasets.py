@@ -18,6 +18,6 @@ class BuildsDatasets(BaseTask):
     builder_class = staticmethod(builder_class)
     target: str  # what a model learns to say, as data sets name it: "answer" or "caption"
 
-    def build_datasets(self, cfg) -> Dict[str, Dict[str, Any]]:
+    def build_datasets(self, cfg: Any) -> Dict[str, Dict[str, Any]]:
         """Data set name -> split -> data set."""
         return {name: self.builder_class(name)(section).build_datasets() for name, section in cfg.datasets_cfg.items()}

@@ -9,6 +9,7 @@ import torch
 from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
+from lavis.tasks.base_task import BaseTask
 from torch import Tensor
 
 from lavis_kvmod.datasets.bad_samples import BadSampleCounter
@@ -37,8 +38,8 @@ class Evaluated(NamedTuple):
     goodness: Sequence[str]
 
 
-class DatasetEvaluation:
-    """Mix-in for LAVIS tasks: the ground truth is the data set's own ``annotation``.
+class DatasetEvaluation(BaseTask):
+    """Stands in front of a LAVIS task among a class's bases: the ground truth is the data set's own ``annotation``.
 
     A prediction is a dict with the sample's ``instance_id``; LAVIS's data sets put the same id on the annotation it
     came from, so ids of questions and images may be of any type. Streamed data sets, which have no list of
@@ -57,8 +58,11 @@ class DatasetEvaluation:
     evaluated: Optional[Dict[str, Evaluated]] = None
     _dataset: Any = None
     _loss: Tuple[float, float] = (0.0, 0.0)  # sum of weighted losses, sum of weights
-    _bad: Optional[List[str]] = None
-    _pictures: Optional[Dict[str, Tensor]] = None
+
+    def __init__(self, **lavis: Any):
+        super().__init__(**lavis)
+        self._bad: List[str] = []
+        self._pictures: Dict[str, Tensor] = {}
 
     def has_targets(self, samples: Dict[str, Any]) -> bool:
         """Whether a batch carries what a loss needs."""
@@ -68,13 +72,13 @@ class DatasetEvaluation:
         """Predictions and their annotations -> rows to be written, and metrics with ``agg_metrics`` and ``scored``."""
         raise NotImplementedError
 
-    def before_evaluation(self, model, dataset, **kwargs) -> None:
+    def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
         """Remember which data set is being evaluated."""
         super().before_evaluation(model, dataset, **kwargs)
         self._dataset = dataset
 
     @torch.no_grad()
-    def evaluation(self, model, data_loader, cuda_enabled: bool = True) -> List[Row]:
+    def evaluation(self, model: Any, data_loader: Any, cuda_enabled: bool = True) -> List[Row]:
         """This rank's predictions; what else it learns on the way (loss, bad samples) is kept for
         `after_evaluation`."""
         self._loss, self._bad, self._pictures = (0.0, 0.0), [], {}
@@ -98,13 +102,15 @@ class DatasetEvaluation:
             self._loss = (self._loss[0] + loss[0], self._loss[1] + loss[1])
         return results
 
-    def after_evaluation(self, val_result, split_name, epoch=None, **kwargs) -> Optional[Dict[str, Any]]:
+    def after_evaluation(
+        self, val_result: List[Row], split_name: str, epoch: Any = None, **kwargs: Any
+    ) -> Optional[Dict[str, Any]]:
         """Score all ranks' predictions, write them to ``result/`` and return the metrics (rank 0, else None).
 
         Raises:
             BadDataError: on all ranks, if more samples were unreadable than the data set allows.
         """
-        share = {"rows": val_result, "loss": self._loss, "bad": self._bad or [], "pictures": self._pictures or {}}
+        share = {"rows": val_result, "loss": self._loss, "bad": self._bad, "pictures": self._pictures}
         shares = gather([share])
         rows = self._in_order(row for share in shares for row in share["rows"])
         bad = list(dict.fromkeys(text for share in shares for text in share["bad"]))
@@ -133,7 +139,7 @@ class DatasetEvaluation:
 
     # ------------------------------------------------------------ while the batches pass
 
-    def _weighted_loss(self, model, samples: Dict[str, Any]) -> Tuple[float, float]:
+    def _weighted_loss(self, model: Any, samples: Dict[str, Any]) -> Tuple[float, float]:
         """A batch's loss times its weight, and that weight; random numbers are drawn as if it had not been."""
         device = samples["image"].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -142,7 +148,7 @@ class DatasetEvaluation:
         weight = float(output.get("loss_weight", len(_images(samples))))
         return float(output["loss"]) * weight, weight
 
-    def as_trained(self, model, samples: Dict[str, Any]) -> Dict[str, Any]:
+    def as_trained(self, model: Any, samples: Dict[str, Any]) -> Dict[str, Any]:
         """An evaluation batch as the training loss sees it."""
         return samples
 
@@ -168,7 +174,7 @@ class DatasetEvaluation:
         by_instance = {ann["instance_id"]: ann for ann in self._dataset.annotation}
         return [by_instance[row["instance_id"]] for row in rows]
 
-    def _count_bad(self, num_samples: int, bad: List[str], epoch) -> None:
+    def _count_bad(self, num_samples: int, bad: List[str], epoch: Any) -> None:
         share = getattr(self._dataset, "max_bad_share", None)
         log = logging.warning if is_main_process() else (lambda *args: None)
         counter = BadSampleCounter(log=log, **({} if share is None else {"max_share": share}))
@@ -205,6 +211,6 @@ def decoding_of(settings: GenerationSettings) -> Dict[str, Any]:
     return {name: getattr(settings, name) for name in DECODING if name in settings.model_fields_set}
 
 
-def plain_id(value) -> Any:
+def plain_id(value: Any) -> Any:
     """An id as JSON can hold it: a collated tensor becomes a number."""
     return value.item() if hasattr(value, "item") else value

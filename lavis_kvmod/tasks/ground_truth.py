@@ -70,13 +70,13 @@ def read_official(path: str) -> Dict[str, Truth]:
         ) from error
 
 
-def official_truth(dataset) -> Optional[Dict[str, Truth]]:
+def official_truth(dataset: Any) -> Optional[Dict[str, Truth]]:
     """`read_official` of the file a LAVIS data set names, or None."""
     path = getattr(dataset, "coco_fmt_anno_file", None)
     return None if path is None else read_official(str(path))
 
 
-def _texts(values) -> List[str]:
+def _texts(values: Any) -> List[str]:
     """One text or many, or the official files' dicts, as a list of texts."""
     if isinstance(values, (str, int, float)):
         values = [values]

@@ -15,7 +15,7 @@ OFFICIAL_NAMES = ("answer", "caption")
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
-def confidence(scored) -> Dict[str, Any]:
+def confidence(scored: Any) -> Dict[str, Any]:
     """The columns that say how sure the model was, of a ``ScoredAnswer``.
 
     ``confidence`` is the probability it gives to exactly these tokens, ``log_prob`` its logarithm (the sum over the

@@ -49,7 +49,7 @@ class KVModVQATask(DatasetEvaluation, VQATask, BuildsDatasets):
         self.valid_loss = valid_loss
 
     @classmethod
-    def setup_task(cls, cfg) -> "KVModVQATask":
+    def setup_task(cls, cfg: Any) -> "KVModVQATask":
         """Build from LAVIS's config; answers are generated unless ``inference_method`` says otherwise."""
         run, model = cfg.run_cfg, cfg.model_cfg
         model_prompt = model.get("prompt", None) or ""
@@ -67,7 +67,7 @@ class KVModVQATask(DatasetEvaluation, VQATask, BuildsDatasets):
             decoding=decoding_of(settings),
         )
 
-    def build_datasets(self, cfg) -> Dict[str, Dict[str, Any]]:
+    def build_datasets(self, cfg: Any) -> Dict[str, Dict[str, Any]]:
         """LAVIS's; ranking without candidates is found here, before the model is loaded.
 
         Raises:
@@ -87,19 +87,19 @@ class KVModVQATask(DatasetEvaluation, VQATask, BuildsDatasets):
             raise ConfigurationError(getattr(cfg.args, "cfg_path", "the run file"), lacking)
         return datasets
 
-    def _candidates_for(self, dataset) -> Optional[List[str]]:
+    def _candidates_for(self, dataset: Any) -> Optional[List[str]]:
         return self.candidates or getattr(dataset, "answer_list", None)
 
-    def before_evaluation(self, model, dataset, **kwargs) -> None:
+    def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
         """Remember the data set, and the candidates to rank for it."""
         super().before_evaluation(model, dataset, **kwargs)
         self.answer_list = self._candidates_for(dataset)
 
-    def train_step(self, model, samples):
+    def train_step(self, model: Any, samples: Dict[str, Any]) -> Any:
         """The loss on the answers, with the task's prompt."""
         return super().train_step(model, self.as_trained(model, samples))
 
-    def as_trained(self, model, samples: Dict[str, Any]) -> Dict[str, Any]:
+    def as_trained(self, model: Any, samples: Dict[str, Any]) -> Dict[str, Any]:
         """``samples`` with the task's prompt where they bring none."""
         samples.setdefault("prompt", self.prompt)
         return samples
@@ -110,7 +110,7 @@ class KVModVQATask(DatasetEvaluation, VQATask, BuildsDatasets):
             return False
         return 0 not in samples["n_answers"] and all(answer.strip() for answer in samples["answer"])
 
-    def valid_step(self, model, samples) -> List[Row]:
+    def valid_step(self, model: Any, samples: Dict[str, Any]) -> List[Row]:
         """Answers of a batch, with question ids of any type."""
         answers = model.predict_answers(
             samples=samples,

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from lavis_kvmod.commands import cli
 
@@ -60,9 +59,11 @@ def test_the_demo_runs_anywhere(tmp_path):
     assert list(tmp_path.iterdir()) == []  # looking leaves nothing
 
 
-def test_missing_data_is_named_with_the_next_step(tmp_path):
+def test_missing_data_is_named_with_the_next_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(MISSING_DATA)
-    status, screen = doctor(tmp_path, "--cfg-path", "mine.yaml", "--options", "run.batch_size_train=2")
+    status = cli.main(["doctor", "--cfg-path", "mine.yaml", "--options", "run.batch_size_train=2"])
+    screen = capsys.readouterr().out
     assert status == 1, screen
     assert "missing  datasets.custom_vqa" in screen and "/nowhere/train.csv" in screen
     assert line_of(screen, "run.learning_rate: not a key") == "warn"
@@ -143,7 +144,6 @@ def test_a_failure_while_looking_is_a_finding(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_the_full_model_without_gpu_data_or_network(tmp_path):
     status, screen = doctor(
         tmp_path,

@@ -332,6 +332,7 @@ def test_half_precision_towers_run_on_the_cpu(run_file):
     assert train(run_file(model={"vit_precision": "fp16", "opt_precision": "fp16"}, max_epoch=1)) is not None
 
 
+@pytest.mark.slow  # tests/runners/test_processes.py does the like with processes that need not import LAVIS again
 def test_two_processes_train_and_count_every_sample_once(run_file, tmp_path):
     path = run_file(max_epoch=1)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from lavis_kvmod.commands.evaluate import evaluate
 from lavis_kvmod.commands.launch import build_runner, load_config
 from lavis_kvmod.commands.train import main, train
-from lavis_kvmod.system.distributed import init_distributed
+from lavis_kvmod.system.distributed import all_reduce_tensor, data_parallel, group_device, init_distributed
 from lavis_kvmod.system.sharding import is_sharded
 from lavis_kvmod.weights import files as checkpoints
 
@@ -152,6 +152,32 @@ def test_srun_starts_one_run_of_several_processes(write_run, in_process, runs):
     (folder,) = runs("srun")
     assert checkpoints.read(folder / LAST)["data"]["global_batch"] == 2 * load_config(path).run_cfg.batch_size_train
     assert len(checkpoints.read(folder / LAST)["rng"]) == 2
+
+
+def test_only_what_is_trained_is_sent_around(in_process):
+    """Frozen towers are gigabytes, and on all ranks already."""
+
+    def wrap():
+        rank = int(os.environ["RANK"])
+        init_distributed(OmegaConf.create({"device": "cpu"}))
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2))
+        model[:2].requires_grad_(False)
+        for value in [*model.parameters(), model[1].running_mean]:
+            torch.nn.init.constant_(value, rank + 1)
+        wrapped = data_parallel(model, gpu=None)
+        assert (model[0].weight == rank + 1).all() and (model[1].running_mean == rank + 1).all()
+        assert (model[2].weight == 1).all()
+        wrapped(torch.ones(3, 2) * rank).sum().backward()
+        sums = all_reduce_tensor(model[2].weight.grad.clone())
+        assert torch.equal(sums, 2 * model[2].weight.grad)  # the gradient is the mean on both
+
+    codes, output = ranks(in_process, wrap, "sent")
+    assert codes == [0, 0], output
+
+
+def test_nccl_is_told_its_gpu():
+    assert group_device("cuda", 3) == torch.device("cuda", 3)
+    assert group_device("cpu", 3) is None
 
 
 @pytest.mark.parametrize(("value", "minutes"), [(2, 2), ("1.5", 1.5), (None, 60)])

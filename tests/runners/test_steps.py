@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lavis_kvmod.datasets.loading.loader import PADDING
 from lavis_kvmod.runners.steps import GradientStep, identify
@@ -136,6 +137,47 @@ def test_with_a_scaler_the_step_is_the_same_and_an_overflow_is_the_scalers_affai
     told = [take(step, parts[:1]).problem for _ in range(3)]  # at scales of 4, 2 and 1
     assert told == [None, None, "the norm of the gradient is inf, whatever the losses' scale"]
     assert torch.equal(scaled.weight, before)
+
+
+class _Reads(TorchDispatchMode):
+    """Counts the numbers that are read one by one (`item`, `float`, `bool`): each waits for a GPU."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_number_is_read_while_batches_are_computed():
+    """All that is wanted of a step comes in one piece, when it is due."""
+    _, step = make(max_grad_norm=1.0)
+    with _Reads() as reads:
+        finished = take(step, batches(2, 3))
+    assert reads.number == 0 and finished.loss > 0
+
+
+def test_what_is_counted_is_added_up():
+    _, step = make()
+    for i, part in enumerate(batches(1, 2)):
+        step.add(part, num_batches=2, is_last=i == 1, counts=[10 + i, i])
+    assert step.finish().counts == [21, 1]
+
+
+def test_the_size_of_losses_changes_no_result():
+    parts = batches(1, 5, 2)
+    for usual in (1, 48, 300):
+        model, step = make(usual_weight=usual)
+        take(step, parts)
+        first = model.weight.clone() if usual == 1 else first  # noqa: F821
+        assert torch.equal(model.weight, first)
+
+
+def test_a_loss_without_number_leaves_the_scale_as_it_was():
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    model, step = make(scaler=scaler)
+    assert take(step, [{**batches(2)[0], "times": float("nan")}]).problem and scaler.get_scale() == 4.0
+    assert take(step, batches(2)).problem is None and not torch.equal(model.weight, Tokens().weight)
 
 
 def test_batches_are_named_by_what_they_carry():
