@@ -111,7 +111,7 @@ def test_karpathys_own_file_gives_the_splits_of_lavis_files(benchmarks, run_file
 )
 def test_questions_are_trained_on_and_scored(run_file, tmp_path, name, section, train_on, test_on):
     splits = {"train_splits": [train_on] if train_on else [], "test_splits": [test_on] if test_on else []}
-    path = run_file({name: section}, **splits)
+    path = run_file({name: section}, evaluate=train_on is None, **splits)
     logs = train(path) if train_on else evaluate(path)
     if test_on is None:
         return

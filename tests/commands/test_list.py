@@ -1,6 +1,7 @@
 """What a run file can name, listed."""
 
 import json
+import re
 
 import pytest
 
@@ -14,16 +15,16 @@ def listed(capsys, *argv, status=0):
 
 
 def test_everything_that_has_a_name(capsys):
-    out = listed(capsys)
+    out = re.sub(r"(?<=\S) {2,}", "  ", listed(capsys))  # whatever the columns' widths
     for name in (
-        "blip2_opt_kvmod pretrain_opt2.7b      the default",
+        "blip2_opt_kvmod pretrain_opt2.7b  the default",
         "blip2_opt_kvmod demo",
         "  eva_clip_g  EVA-CLIP-G without its last block",
         "  efficientnet-b3",
         "  timm:NAME",
         "  qformer",
         "  kvmod_captioning",
-        "  custom_vqa      rows with an image, a question",
+        "  custom_vqa  rows with an image, a question",
         "  CIDEr",
         "  projects/kvmod/demo_vqa.yaml",
     ):

@@ -101,7 +101,7 @@ def test_keys_that_nothing_reads_are_told_with_the_reason(caplog):
     assert told == [
         "run.num_beam: not a key that LAVIS or lavis-kvmod reads; did you mean num_beams?",
         "run.answer_list: changes nothing here, task kvmod_vqa alone reads it",
-        "run.k_test: changes nothing here, LAVIS's retrieval tasks alone read it",
+        "run.k_test: changes nothing here, task kvmod_retrieval alone reads it",
         "run.use_dist_eval_sampler: changes nothing here, every sample is evaluated once, on one rank, whatever it "
         "says",
     ]

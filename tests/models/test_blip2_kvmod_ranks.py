@@ -24,6 +24,7 @@ def results(tmp_path_factory):
     return torch.load(folder / "of-1.pth"), torch.load(folder / "of-2.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["itc", "itm", "itg", "mlm", "momentum"])
 def test_two_ranks_are_one_with_twice_the_batch(results, objective):
     one, two = (result[objective] for result in results)  # in float64: what is compared is the arithmetic

@@ -29,6 +29,7 @@ def test_killed_in_the_middle_of_an_epoch(write_run, in_process, runs, killed_be
     assert_same_run(folder, runs("whole")[0])
 
 
+@pytest.mark.slow
 def test_killed_while_data_sets_are_mixed(write_run, in_process, runs, killed_before_step, assert_same_run):
     """Pictures and shards, in epochs of 5 batches, of which 12 make the run: the third epoch has 2."""
     options = dict(save_every_n_iters=1, max_iters=12, iters_per_inner_epoch=5, resume_ckpt_path="auto")
