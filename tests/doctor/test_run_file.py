@@ -162,7 +162,7 @@ def test_a_model_of_lavis_is_not_looked_into(tmp_path):
 @pytest.mark.slow
 def test_the_published_model_on_a_24_gib_gpu(monkeypatch):
     """Everything but the GPU's memory is made to be there."""
-    monkeypatch.setattr("lavis_kvmod.config.loading.cuda_capability", lambda: (8, 0))
+    monkeypatch.setattr("lavis_kvmod.config.checking.cuda_capability", lambda: (8, 0))
     monkeypatch.setattr("lavis_kvmod.config.loading.data_problems", lambda cfg: [])
     monkeypatch.setattr("lavis_kvmod.weights.downloads.reachable", lambda url: True)
     options = ["run.batch_size_train=128", "run.batch_size_eval=64"]

@@ -16,7 +16,7 @@ import sys
 import inject
 import torch
 
-from lavis_kvmod import evaluate, train  # noqa: F401  (also: all that a run imports, once)
+from lavis_kvmod.commands import evaluate, train  # noqa: F401  (also: all that a run imports, once)
 
 
 def serve(path: str) -> None:

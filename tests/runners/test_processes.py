@@ -405,7 +405,8 @@ LAVISS_TASK = [
 def test_only_the_first_rank_writes(write_run, tmp_path, runs, command, options, of_rank_1):
     """Every file or folder that either rank opens to write, makes, renames or removes, as Python tells (an audit hook);
     a run with checkpoints within the epoch, validation and test, that then goes on."""
-    path = write_run(save_every_n_iters=1, test_splits=["test"], resume_ckpt_path="auto", tensorboard="auto")
+    goes_on = {"resume_ckpt_path": "auto"} if command == "train" else {}
+    path = write_run(save_every_n_iters=1, test_splits=["test"], tensorboard="auto", **goes_on)
     for number, epochs in enumerate([1, 2] if command == "train" else [1]):
         notes = str(tmp_path / f"notes-{number}-")
         arguments = [*options, f"run.max_epoch={epochs}"]
