@@ -165,13 +165,13 @@ def test_the_published_model_on_a_24_gib_gpu(monkeypatch):
     monkeypatch.setattr("lavis_kvmod.config.checking.cuda_capability", lambda: (8, 0))
     monkeypatch.setattr("lavis_kvmod.config.loading.data_problems", lambda cfg: [])
     monkeypatch.setattr("lavis_kvmod.weights.downloads.reachable", lambda url: True)
-    options = ["run.batch_size_train=128", "run.batch_size_eval=64"]
+    options = ["run.batch_size_train=128", "run.batch_size_eval=128"]
     found = findings_of("projects/kvmod/vqa.yaml", options, machine(24))
     training, evaluation = found[-2:]
     assert training.mark == evaluation.mark == WRONG
     assert "model.opt_grad_checkpoint=true (" in training.step
     assert "run.batch_size_train=32 run.accum_grad_iters=" in training.step
-    assert evaluation.step == "run.batch_size_eval=32"
+    assert evaluation.step == "run.batch_size_eval=64"
 
 
 def test_the_doctor_is_no_torchrun():
