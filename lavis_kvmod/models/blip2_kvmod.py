@@ -166,9 +166,7 @@ class Blip2KVMod(KVModBase):
 
     def features(self, samples: Mapping[str, Any]) -> FrozenFeatures:
         """What the frozen encoders make of the images, in the precision of what is trained."""
-        with self.maybe_autocast():
-            found = self.frozen_features(samples)
-        return _each(lambda part: part.to(self.query_tokens.dtype), found)
+        return _each(lambda part: part.to(self.query_tokens.dtype), self.frozen_features(samples))
 
     def _see(self, bridge: Any, features: FrozenFeatures, **options: Any) -> QFormerOutput:
         """Queries over images, through this model's own bridge or the momentum model's."""
@@ -207,6 +205,10 @@ class Blip2KVMod(KVModBase):
             attention_mask=torch.cat([texts.mask.new_ones(b, q), texts.mask], dim=1),
         )
         return seen.last_hidden_state
+
+    def _pair_or_not(self, features: FrozenFeatures, texts: Texts) -> Tensor:
+        """The matching head's logits (b, 2): the mean over the queries, which have seen image and text."""
+        return self.itm_head(self._read_and_see(features, texts)[:, : self.query_tokens.shape[1]]).mean(dim=1)
 
     # ------------------------------------------------------------ losses
 
@@ -284,9 +286,7 @@ class Blip2KVMod(KVModBase):
         all_texts = Texts(*map(gather_rows, texts))
         images = _stacked(features, _each(lambda part: part[wrong_images.chosen], all_images), features)
         paired = Texts(*(torch.cat([t, t, of_all[wrong_texts.chosen]]) for t, of_all in zip(texts, all_texts)))
-        hidden = self._read_and_see(images, paired)[:, : self.query_tokens.shape[1]]
-        logits = self.itm_head(hidden).mean(dim=1)  # (3 b, 2)
-        return matching_loss(logits, torch.cat([wrong_images.exists, wrong_texts.exists]))
+        return matching_loss(self._pair_or_not(images, paired), torch.cat([wrong_images.exists, wrong_texts.exists]))
 
     def _caption(self, texts: Texts, seen: QFormerOutput) -> Loss:
         """Each word from those before it and the queries, whose Keys and Values stand in front."""
@@ -377,7 +377,7 @@ class Blip2KVMod(KVModBase):
     @torch.no_grad()
     def match(self, features: FrozenFeatures, texts: Texts) -> Tensor:
         """How well b images and b texts fit by the matching head: logits (b, 2), column 1 for a pair."""
-        return self.itm_head(self._read_and_see(features, texts)[:, : self.query_tokens.shape[1]]).mean(dim=1)
+        return self._pair_or_not(features, texts)
 
     @torch.no_grad()
     def image_features(self, features: FrozenFeatures) -> Tensor:
@@ -403,7 +403,7 @@ class Blip2KVModITM(Blip2KVMod):
         """
         features, texts = self.features(samples), self.tokenise(samples["text_input"])
         if match_head == "itm":
-            return self.itm_head(self._read_and_see(features, texts)[:, : self.query_tokens.shape[1]]).mean(dim=1)
+            return self._pair_or_not(features, texts)
         if match_head == "itc":
             image = self._image_features(self, self._see(self, features))
             return torch.einsum("bqe,be->bq", image, self._text_features(self, texts)).amax(dim=1, keepdim=True)
