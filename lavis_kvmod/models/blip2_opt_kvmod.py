@@ -14,7 +14,7 @@ import torch
 from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
-from lavis_kvmod.models import build
+from lavis_kvmod.models import attention_maps, build
 from lavis_kvmod.models.base import SoftPromptModel, model_type_files
 from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
 from lavis_kvmod.models.connectors.qformer import QFormerOutput
@@ -297,3 +297,18 @@ class Blip2OPTKVMod(SoftPromptModel):
             raise ValueError(f"mode: expected 'image' (this model embeds no text), got {mode!r}")
         query_output, soft_prompt = self.encode(samples)
         return BlipOutputFeatures(image_embeds=query_output.last_hidden_state, image_embeds_proj=soft_prompt)
+
+    def attention_maps(self, samples: Dict[str, Any]) -> attention_maps.AttentionMaps:
+        """Where the model looks: the Q-Former's attention to prefix and image, and what answers were made of.
+
+        The passes are made anew, without gradients and without the fused kernels; nothing stays behind on the model.
+
+        Args:
+            samples: ``image`` (b, 3, H, H); with ``text_input`` and ``prompt`` as in `predict_answers`, the answers are
+                traced too: those in ``answer`` (one for each text), else what the model answers greedily. ``answer``
+                without a question is a caption, behind the model's prompt.
+
+        Raises:
+            ValueError: for a connector without such attention, or as many answers as there are not texts.
+        """
+        return attention_maps.attention_maps(self, samples)
