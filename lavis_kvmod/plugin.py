@@ -30,6 +30,7 @@ _REGISTERED = (
     ("builder", "digits_caption", "lavis_kvmod.datasets.digits", "DigitsCaptionBuilder"),
     ("builder", "easy_vqa", "lavis_kvmod.datasets.easy_vqa", "EasyVQABuilder"),
     ("builder", "digits_retrieval", "lavis_kvmod.datasets.digits", "DigitsRetrievalBuilder"),
+    ("builder", "digits_pages", "lavis_kvmod.datasets.digits_pages", "DigitsPagesBuilder"),
     ("builder", "wds_vqa", "lavis_kvmod.datasets.shards.builders", "WdsVQABuilder"),
     ("builder", "wds_caption", "lavis_kvmod.datasets.shards.builders", "WdsCaptionBuilder"),
     ("builder", "custom_vqa", "lavis_kvmod.datasets.custom", "CustomVQABuilder"),

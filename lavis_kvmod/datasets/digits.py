@@ -39,14 +39,22 @@ class _Digits(BaseDataset):
 
     def __init__(self, vis_processor: Callable, text_processor: Callable, split: str):
         super().__init__(vis_processor, text_processor, None, [])  # no files
-        self.scans = digits.load_scans(split)
+        self.scans = self._scans(split)
         self.annotation = [
             {"image_id": f"{scan.index:04d}", **entry, "scan": row}
             for row, scan in enumerate(self.scans)
             for entry in self._entries(scan)
         ]
         self._add_instance_ids()
-        self._pictures = _pictures(split)
+        self._pictures = self._rendered(split)
+
+    def _scans(self, split: str) -> List[Any]:
+        """What is shown: each has an ``index`` and a ``key`` of its own."""
+        return digits.load_scans(split)
+
+    def _rendered(self, split: str) -> np.ndarray:
+        """Their pictures (N, H, W, 3), uint8."""
+        return _pictures(split)
 
     def _entries(self, scan: digits.Scan) -> List[Dict[str, Any]]:
         """The annotations of one scan."""

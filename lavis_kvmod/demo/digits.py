@@ -20,6 +20,7 @@ __all__ = [
     "INKS",
     "INK_LUMINANCE",
     "LUMA",
+    "MAX_SHIFT",
     "NUM_SCANS",
     "PAPERS",
     "PAPER_LUMINANCE",
@@ -30,6 +31,7 @@ __all__ = [
     "answers",
     "caption",
     "coverage",
+    "grained",
     "load_scans",
     "questions",
     "render",
@@ -40,7 +42,7 @@ INK_LUMINANCE = 78
 PAPER_LUMINANCE = 206
 
 # Integer solutions of 299 R + 587 G + 114 B = 1000 luminance, near the colour that the name promises. Each channel
-# leaves room for `_MAX_SHIFT` and `_MAX_GRAIN`: a clipped channel would change the luminance of some colours only.
+# leaves room for `MAX_SHIFT` and `_MAX_GRAIN`: a clipped channel would change the luminance of some colours only.
 INKS: Dict[str, Tuple[int, int, int]] = {
     "red": (231, 9, 32),
     "green": (14, 124, 9),
@@ -70,7 +72,7 @@ _SEED = 2301  # of everything that is drawn here
 _RESOLUTION = 8  # pixels a side, as scanned
 _LEVELS = 16  # ink levels of a scanned pixel: 0 … 16
 _INK_GAIN = 1.6  # a stroke's core is fully inked; its edge stays soft
-_MAX_SHIFT = 5.0  # of a scan's luminance
+MAX_SHIFT = 5.0  # of a scan's luminance
 _MAX_GRAIN = 2.5  # of a pixel's luminance
 
 
@@ -161,10 +163,14 @@ def render(scan: Scan, size: int = 56) -> Image.Image:
     rng = np.random.default_rng((_SEED, scan.index, size))
     ink = coverage(scan, size)[..., None]  # (size, size, 1)
     of_ink, of_paper = (np.array(colour, np.float32) for colour in (INKS[scan.ink], PAPERS[scan.paper]))
-    picture = ink * of_ink + (1 - ink) * of_paper
-    grain = rng.normal(size=ink.shape).clip(-_MAX_GRAIN, _MAX_GRAIN)
+    return grained(ink * of_ink + (1 - ink) * of_paper, scan.shift, rng)
+
+
+def grained(picture: np.ndarray, shift: float, rng: np.random.Generator) -> Image.Image:
+    """Colours (H, W, 3) as a picture: its luminance shifted, grained by pixel, rounded up or down at random."""
+    grain = rng.normal(size=(*picture.shape[:2], 1)).clip(-_MAX_GRAIN, _MAX_GRAIN)
     rounding = rng.random(picture.shape)
-    return Image.fromarray(np.floor(picture + scan.shift + grain + rounding).astype(np.uint8))
+    return Image.fromarray(np.floor(picture + shift + grain + rounding).astype(np.uint8))
 
 
 @lru_cache(maxsize=1)
@@ -177,7 +183,7 @@ def _all_scans() -> Dict[str, Tuple[Scan, ...]]:
         members, order = order[:count], order[count:]
         pairs = list(product(INKS, PAPERS))
         colours = rng.permutation(np.arange(count) % len(pairs))
-        shifts = rng.uniform(-_MAX_SHIFT, _MAX_SHIFT, count)
+        shifts = rng.uniform(-MAX_SHIFT, MAX_SHIFT, count)
         scans[split] = tuple(
             Scan(int(i), int(digits[i]), ink, paper, float(shift), images[i].tobytes())
             for i, (ink, paper), shift in zip(members, [pairs[c] for c in colours], shifts)
