@@ -17,6 +17,7 @@ _COMMANDS = {
     "memory": ("lavis_kvmod.commands.memory", "the GPU memory a run takes, by batch size, computed without a GPU"),
     "convert": ("lavis_kvmod.commands.convert", "write a checkpoint in another layout: LAVIS's or Hugging Face's"),
     "pack": ("lavis_kvmod.commands.pack", "write a run file's data as tar shards (webdataset), or an index for shards"),
+    "attend": ("lavis_kvmod.commands.attend", "where the model looks when it answers about an image, as a PNG"),
     "demo": (
         "lavis_kvmod.commands.demo",
         "train on scanned digits with and without KV modulation, and compare (CPU, minutes)",

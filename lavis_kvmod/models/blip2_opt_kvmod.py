@@ -105,8 +105,10 @@ class Blip2OPTKVMod(SoftPromptModel):
 
     # ------------------------------------------------------------ encode
 
-    def encode(self, samples: Dict[str, Any], output_attentions: bool = False) -> Encoded:
+    def encode(self, samples: Dict[str, Any], output_attentions: bool = False, with_prefix: bool = True) -> Encoded:
         """The figure above: ``samples["image"]`` (b, 3, H, H) -> soft prompt (b, q, opt width).
+
+        ``with_prefix`` False takes the prefix away from a model that was trained with it.
 
         Raises:
             ValueError: if the images have another shape than the ViT was built for.
@@ -115,7 +117,7 @@ class Blip2OPTKVMod(SoftPromptModel):
         query_output = self.Qformer(
             query_embeds=self.query_tokens.expand(len(features.visual_tokens), -1, -1),
             encoder_hidden_states=features.visual_tokens,
-            prefix=self.prefixes(features.pooled),
+            prefix=self.prefixes(features.pooled) if with_prefix else None,
             output_attentions=output_attentions,
         )
         return Encoded(query_output, self.opt_proj(query_output.last_hidden_state))
