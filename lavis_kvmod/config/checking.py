@@ -3,7 +3,7 @@
 import difflib
 import logging
 import os
-from typing import TYPE_CHECKING, Dict, List, Sequence
+from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
 
 import lavis.common.optims  # noqa: F401  (registers the learning-rate schedules)
 import torch
@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lavis_kvmod.config.keys import run_settings, unread_keys
 from lavis_kvmod.models.language.positions import length_problems
-from lavis_kvmod.models.settings import ARCH, ModelSettings, SettingsError, settings_of
+from lavis_kvmod.models.loading import stage_problem
+from lavis_kvmod.models.settings import ARCH, ModelSettings, SettingsError, Stage1Settings, settings_of
 from lavis_kvmod.system.distributed import launched_rank
 from lavis_kvmod.system.paths import CACHE, NO_HOME, cannot_be_written, has_home
 from lavis_kvmod.system.precision import amp_problems, cuda_capability
@@ -157,7 +158,16 @@ def model_problems(model: DictConfig) -> List[str]:
         return [f"model.{problem}" for problem in error.problems]
     except ImportError as error:
         return [f"model.aux_encoder: {error}"]
-    return [problem for file in files for problem in [file.problem()] if problem]
+    problems = [problem for file in files for problem in [file.problem()] if problem]
+    if isinstance(settings, Stage1Settings) and not problems:
+        problems += _stage_problems(settings.checkpoint())
+    return problems
+
+
+def _stage_problems(checkpoint: Optional[WeightFile]) -> List[str]:
+    path = None if checkpoint is None else checkpoint.local_path()
+    problem = None if checkpoint is None or path is None else stage_problem(path)
+    return [] if checkpoint is None or problem is None else [f"{checkpoint.key}: {problem}"]
 
 
 def _home_problems(files: Sequence[WeightFile]) -> List[str]:

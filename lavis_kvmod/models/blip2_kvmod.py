@@ -153,10 +153,12 @@ class Blip2KVMod(KVModBase):
 
     # ------------------------------------------------------------ encode
 
-    def tokenise(self, texts: Sequence[str], *, padding: Union[bool, str] = True, truncation: bool = True) -> Texts:
-        """b texts -> ids and mask (b, t): ``[CLS] … [SEP]``, padded on the right."""
+    def tokenise(self, texts: Sequence[str], *, padding: Union[bool, str] = True, whole: bool = False) -> Texts:
+        """b texts -> ids and mask (b, t): ``[CLS] … [SEP]``, padded on the right. What is longer than ``max_txt_len``
+        is cut; with ``whole`` only what is longer than the Q-Former has positions (LAVIS's fails there)."""
+        length = self.Qformer.max_position_embeddings if whole else self.max_txt_len
         tokens = self.tokenizer(
-            list(texts), padding=padding, truncation=truncation, max_length=self.max_txt_len, return_tensors="pt"
+            list(texts), padding=padding, truncation=True, max_length=length, return_tensors="pt"
         ).to(self.device)
         return Texts(tokens.input_ids, tokens.attention_mask)
 
@@ -195,11 +197,11 @@ class Blip2KVMod(KVModBase):
         read = bridge.Qformer(input_ids=texts.token_ids, attention_mask=texts.mask)
         return F.normalize(bridge.text_proj(read.last_hidden_state[:, 0]), dim=-1)
 
-    def _read_and_see(self, features: FrozenFeatures, texts: Texts) -> Tensor:
+    def _read_and_see(self, bridge: Any, features: FrozenFeatures, texts: Texts) -> Tensor:
         """Queries and texts together, each seeing the other: hidden states (b, q + t, hidden)."""
         b, q = len(texts.token_ids), self.query_tokens.shape[1]
         seen = self._see(
-            self,
+            bridge,
             features,
             input_ids=texts.token_ids,
             attention_mask=torch.cat([texts.mask.new_ones(b, q), texts.mask], dim=1),
@@ -208,7 +210,7 @@ class Blip2KVMod(KVModBase):
 
     def _pair_or_not(self, features: FrozenFeatures, texts: Texts) -> Tensor:
         """The matching head's logits (b, 2): the mean over the queries, which have seen image and text."""
-        return self.itm_head(self._read_and_see(features, texts)[:, : self.query_tokens.shape[1]]).mean(dim=1)
+        return self.itm_head(self._read_and_see(self, features, texts)[:, : self.query_tokens.shape[1]]).mean(dim=1)
 
     # ------------------------------------------------------------ losses
 
@@ -225,6 +227,8 @@ class Blip2KVMod(KVModBase):
         """
         features = self.features(samples)
         texts = self.tokenise(samples["text_input"], padding="max_length")
+        if self.momentum is not None and self.training:
+            self.momentum.follow(self._followed())
         seen = self._see(self, features, use_cache=self.objectives["itg"] > 0)
         losses: Dict[str, Loss] = {}
         if self.objectives["itc"] or self.objectives["itm"]:
@@ -232,7 +236,7 @@ class Blip2KVMod(KVModBase):
         if self.objectives["itg"]:
             losses["itg"] = self._caption(texts, seen)
         if self.objectives["mlm"]:
-            losses["mlm"] = self._fill_in(features, texts)
+            losses["mlm"] = self._fill_in(samples, features, texts)
         return self._output({name: loss for name, loss in losses.items() if self.objectives[name]})
 
     def _output(self, losses: Dict[str, Loss]) -> Stage1Output:
@@ -301,15 +305,26 @@ class Blip2KVMod(KVModBase):
         )
         return captioning_loss(self.Qformer.cls(read.last_hidden_state), token_ids, self.tokenizer.pad_token_id)
 
-    def _fill_in(self, features: FrozenFeatures, texts: Texts) -> Loss:
-        """Hidden words from all others and from the image, seen through the queries (ALBEF's MLM)."""
+    def _fill_in(self, samples: Mapping[str, Any], features: FrozenFeatures, texts: Texts) -> Loss:
+        """Hidden words from all others and from the image, seen through the queries (ALBEF's MLM); a momentum model's
+        words are among the targets."""
         tokenizer = self.tokenizer
         special = texts.mask == 0
         for token in (tokenizer.cls_token_id, tokenizer.sep_token_id):
             special = special | (texts.token_ids == token)
         masked = mask_words(texts.token_ids, special, mask_token_id=tokenizer.mask_token_id, vocab_size=len(tokenizer))
-        hidden = self._read_and_see(features, Texts(masked.token_ids, texts.mask))[:, self.query_tokens.shape[1] :]
-        return masked_words_loss(self.Qformer.cls(hidden), masked.labels)
+        shown = Texts(masked.token_ids, texts.mask)
+        words = self._words(self, features, shown)
+        if self.momentum is None:
+            return masked_words_loss(words, masked.labels)
+        with torch.no_grad():
+            opinion = self._words(self.momentum, features, shown).softmax(dim=-1)
+        return masked_words_loss(words, masked.labels, opinion, self.momentum_alpha * _ramp(samples))
+
+    def _words(self, bridge: Any, features: FrozenFeatures, texts: Texts) -> Tensor:
+        """Logits (b, t, v) of the word at each place of the texts."""
+        hidden = self._read_and_see(bridge, features, texts)[:, self.query_tokens.shape[1] :]
+        return bridge.Qformer.cls(hidden)
 
     def _contrast_with_momentum(
         self,
@@ -322,8 +337,6 @@ class Blip2KVMod(KVModBase):
     ) -> Loss:
         """ITC against the momentum model's features of this batch and of the queue, its opinion among the targets."""
         with torch.no_grad():
-            if self.training:
-                bridge.follow(self._followed())
             image_m = self._image_features(bridge, self._see(bridge, features))
             text_m = self._text_features(bridge, texts)
             queued = queue.contents()
@@ -367,11 +380,11 @@ class Blip2KVMod(KVModBase):
             return BlipOutputFeatures(
                 image_embeds=seen.last_hidden_state, image_embeds_proj=self._image_features(self, seen)
             )
-        texts = self.tokenise(samples["text_input"], truncation=False)
+        texts = self.tokenise(samples["text_input"], whole=True)
         if mode == "text":
             read = self.Qformer(input_ids=texts.token_ids, attention_mask=texts.mask).last_hidden_state
             return BlipOutputFeatures(text_embeds=read, text_embeds_proj=F.normalize(self.text_proj(read), dim=-1))
-        hidden = self._read_and_see(self.features(samples), texts)
+        hidden = self._read_and_see(self, self.features(samples), texts)
         return BlipOutputFeatures(multimodal_embeds=hidden[:, : self.query_tokens.shape[1]])
 
     @torch.no_grad()

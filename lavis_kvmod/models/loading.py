@@ -3,11 +3,11 @@
 import logging
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Optional, Union
 
 from lavis_kvmod.models.settings import ImageSideSettings
 from lavis_kvmod.models.vision.encoders import interpolate_positions
-from lavis_kvmod.weights import reading
+from lavis_kvmod.weights import files, reading
 from lavis_kvmod.weights.files import StateDict
 from lavis_kvmod.weights.finding import WeightFile
 from lavis_kvmod.weights.reading import LoadReport
@@ -62,7 +62,8 @@ def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -
     groups += [f"{part}." for part, is_trained in model.behind_qformer.items() if not is_trained]
     if model.ln_vision_loaded:
         groups.append("ln_vision.")
-    if "itm_head.weight" in state and not hasattr(model, "itm_head"):  # stage 1's, into a model of stage 2
+    stage_2 = not hasattr(model, "itm_head")
+    if stage_2 and "itm_head.weight" in state:  # stage 1's
         groups.append("opt_proj.")
         state = {key: value for key, value in state.items() if not _STAGE_1_ONLY.match(key)}
     absent = tuple(g for g in groups if not any(key.startswith(g) for key in state))
@@ -73,8 +74,32 @@ def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -
     if model.feature_cache is not None:
         model.feature_cache.clear()
     model.after_loading(report)
-    logging.info("loaded checkpoint %s", source)
+    of = (
+        ("of stage 2, with its opt_proj" if "opt_proj.weight" in state else "of stage 1; opt_proj is new")
+        if stage_2
+        else ""
+    )
+    logging.info("loaded checkpoint %s%s", source, f" ({of})" if of else "")
     return report
+
+
+def stage_problem(path: Path) -> Optional[str]:
+    """What keeps a stage-1 model from starting from a file, if it is of stage 2: that has no text side.
+
+    Files that have to be read as a whole to be looked into, and folders, are left to the loading.
+    """
+    if path.is_dir() or not files.can_be_mapped(path):
+        return None
+    try:
+        state = files.model_tensors(files.read(path, mmap=True), path)
+    except files.CheckpointError:  # told when it is loaded
+        return None
+    if "itm_head.weight" in state or "opt_proj.weight" not in state:
+        return None
+    return (
+        f"{path} is of stage 2 (it has opt_proj, and no itm_head or text side), and stage 1 cannot start from it; name "
+        "a stage-1 checkpoint, or null to start from BERT"
+    )
 
 
 def _within_vocabulary(model: "KVModBase", state: StateDict) -> StateDict:

@@ -2,7 +2,7 @@
 
 from typing import Any, Dict, List, Literal, Mapping, Optional, Type, TypeVar
 
-from lavis_kvmod.models.language.bert import bert_files
+from lavis_kvmod.models.language.bert import BERT_POSITIONS, bert_files
 from lavis_kvmod.models.language.opt import language_model_weights
 from lavis_kvmod.models.language.text import check_prompt
 from lavis_kvmod.models.vision.auxiliary import AUXILIARY_ENCODERS, auxiliary_weights
@@ -177,9 +177,9 @@ class ObjectiveSettings(Settings):
 
 
 class MomentumSettings(Settings):
-    """ALBEF's momentum model, for the contrastive loss."""
+    """ALBEF's momentum model, for the contrastive loss and the masked words."""
 
-    queue: int = key(65536, "samples of the last batches kept as negatives, in all", gt=0)
+    queue: int = key(65536, "samples of the last batches kept as negatives, in all; any number", gt=0)
     rate: float = key(0.995, "how much of itself the momentum model keeps at each batch", ge=0, lt=1)
     alpha: float = key(0.4, "its share of the targets, reached over the first epoch", ge=0, le=1)
 
@@ -208,11 +208,17 @@ class Stage1Settings(ImageSideSettings):
     def conflicts(self) -> List[str]:
         """As for all models, and what is wrong inside the tables."""
         found = super().conflicts()
+        positions = self.qformer_geometry.get("max_position_embeddings", BERT_POSITIONS)
+        if isinstance(positions, int) and self.max_txt_len > positions:
+            found.append(f"max_txt_len: expected at most BERT's {positions} positions, got {self.max_txt_len}")
         tables: Dict[str, Type[Settings]] = {"objectives": ObjectiveSettings, "momentum": MomentumSettings}
         for name, declared in tables.items():
             given = getattr(self, name) or {}
             unknown = [not_known(inner, declared.model_fields) for inner in given if inner not in declared.model_fields]
             found += [f"{name}: {told}" for told in [*unknown, *declared.check(given)[1]]]
+        weights = {"itc": 1, "mlm": 0, **(self.objectives or {})}
+        if self.momentum is not None and not (weights["itc"] or weights["mlm"]):
+            found.append("momentum: it softens the targets of itc and mlm, and both are 0; leave it out, or set one")
         return found
 
     def language_files(self) -> WeightFile:

@@ -111,6 +111,8 @@ class TrainsEpochs(SavesRuns):
         if result.problem is None:
             state.steps_counted += 1
             state.loss_sum += result.loss
+            for name, part in result.parts.items():
+                state.part_sums[name] = state.part_sums.get(name, 0.0) + part
             if math.isfinite(result.grad_norm):  # fp16's scaler finds its scale by overflowing now and then
                 state.norms_counted += 1
                 state.grad_norm_sum += result.grad_norm
@@ -161,6 +163,7 @@ class TrainsEpochs(SavesRuns):
         facts: Dict[str, Any] = {
             "epoch": epoch,
             "loss": f"{state.mean_loss():.4f}",
+            **{name: f"{part:.4f}" for name, part in state.mean_parts().items()},
             "lr": f"{rates.pop('lr'):.3e}",
             "grad_norm": f"{state.grad_norm_sum / max(state.norms_counted, 1):.4f}",
             "grad_norm_max": f"{state.grad_norm_max:.4f}",

@@ -9,7 +9,7 @@ several ranks, give what one large batch gives. A single batch on a single proce
 import contextlib
 import logging
 import math
-from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,14 @@ __all__ = ["GradientStep", "StepResult", "identify"]
 
 class StepResult(NamedTuple):
     """The loss over all batches and ranks, and the norm of its gradient before clipping; ``problem`` says why there was
-    no step, if there was none. ``counts``: the sums of what was counted, over batches and ranks."""
+    no step, if there was none. ``counts``: the sums of what was counted, over batches and ranks. ``parts``: the losses
+    that it is the sum of, where a model has several."""
 
     loss: float
     grad_norm: float
     problem: Optional[str] = None
     counts: Sequence[float] = ()
+    parts: Mapping[str, float] = {}
 
 
 class _Batch(NamedTuple):
@@ -38,6 +40,7 @@ class _Batch(NamedTuple):
     loss: Tensor
     weight: Tensor
     ids: Optional[Tuple[str, List[Any]]]
+    parts: Mapping[str, Tensor]
 
 
 class GradientStep:
@@ -80,7 +83,8 @@ class GradientStep:
         self._usual_weight = 2.0 ** round(math.log2(usual_weight))
         self._world_size, self._device = world_size, device
         self._loss_weight: Any = None
-        inner.register_forward_hook(self._remember_loss_weight)
+        self._parts: Dict[str, Tensor] = {}
+        inner.register_forward_hook(self._remember_output)
         self._checked_gradients = False
         self._begin()
 
@@ -89,8 +93,12 @@ class GradientStep:
         self._counts: List[float] = []
         self._divisor: Optional[float] = None  # of the losses; None where they are left as they are
 
-    def _remember_loss_weight(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._loss_weight = output.get("loss_weight") if isinstance(output, dict) else None
+    def _remember_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        """``loss_weight``, and the single losses: ``loss_itc``, … (ordered by name, so that all ranks agree)."""
+        given = output if isinstance(output, dict) else {}
+        self._loss_weight = given.get("loss_weight")
+        names = sorted(name for name in given if name.startswith("loss_") and name != "loss_weight")
+        self._parts = {name: given[name].detach() for name in names if isinstance(given[name], Tensor)}
 
     def add(self, samples: Dict[str, Any], *, num_batches: int, is_last: bool, counts: Sequence[float]) -> None:
         """Compute one batch and add its gradient.
@@ -104,11 +112,11 @@ class GradientStep:
         is_padding = bool(samples.pop(PADDING, False))
         with self._exchange_of_gradients(is_last):
             with self._autocast():
-                self._loss_weight = None
+                self._loss_weight, self._parts = None, {}
                 loss = self._train_step(model=self._model, samples=samples)
                 loss = loss[0] if isinstance(loss, tuple) else loss
             weight = self._weight(loss.detach(), is_padding)
-            self._batches.append(_Batch(loss.detach(), weight, _ids(samples)))
+            self._batches.append(_Batch(loss.detach(), weight, _ids(samples), self._parts))
             self._counts = [a + b for a, b in zip(self._counts or [0.0] * len(counts), counts)]
             if self._world_size > 1 or num_batches > 1:
                 self._divisor = 1.0 if self._loss_weight is None else self._usual_weight
@@ -141,22 +149,29 @@ class GradientStep:
                 torch._foreach_mul_([p.grad for p in trained if p.grad is not None], factor)
             norm = self._clip(trained)
             # Here the GPU is waited for.
-            norm, num_bad, weight, loss, *counts = torch.cat([norm.detach().double().view(1), facts]).tolist()
+            norm, num_bad, weight, loss, *more = torch.cat([norm.detach().double().view(1), facts]).tolist()
             problem = self._problem() if num_bad else self._step(norm)
-            return StepResult(loss / (weight or 1.0) if not num_bad else math.nan, norm, problem, counts)
+            counts, parts = more[: len(self._counts)], more[len(self._counts) :]
+            means = {name: part / (weight or 1.0) for name, part in zip(self._batches[0].parts, parts)}
+            return StepResult(loss / (weight or 1.0) if not num_bad else math.nan, norm, problem, counts, means)
         finally:
             self._optimizer.zero_grad()
             self._begin()
 
     def _facts(self) -> Tensor:
         """Over all batches and ranks: how many losses are not finite, the sum of the weights, that of the losses times
-        their weights, and the counts. (3 + counts,), on the device."""
+        their weights, the counts, and the sums of single losses. (3 + counts + parts,), on the device."""
         losses = torch.stack([batch.loss.double() for batch in self._batches])
         weights = torch.stack([batch.weight.double() for batch in self._batches])
         is_finite = torch.isfinite(losses)
         sums = [(~is_finite).sum(), weights.sum(), torch.where(is_finite, losses * weights, 0.0).sum()]
         counts = torch.tensor(self._counts, dtype=torch.float64).to(losses.device, non_blocking=True)
-        return all_reduce_tensor(torch.cat([torch.stack([each.double() for each in sums]), counts]))
+        parts = [
+            (torch.stack([batch.parts[name].double() for batch in self._batches]) * weights).nansum()
+            for name in self._batches[0].parts
+        ]
+        scalars = torch.stack([each.double() for each in [*sums, *parts]])
+        return all_reduce_tensor(torch.cat([scalars[:3], counts, scalars[3:]]))
 
     def _problem(self) -> str:
         """Which losses are not finite, on all ranks. The scaler's scale stays: it is none of its affairs."""

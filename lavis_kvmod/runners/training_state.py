@@ -23,6 +23,7 @@ class RunState:
         trained: whether it is trained and logged, so that only its validation is left.
         samples: samples of it that are trained, on all ranks.
         steps_counted, loss_sum: steps of the epoch, and their losses.
+        part_sums: the single losses that these are made of, by name, where a model has several.
         norms_counted, grad_norm_sum, grad_norm_max: gradients' norms of the epoch.
         bad_samples: a line for each sample of the epoch that could not be read.
         bad_steps: steps of the whole run that were skipped for a loss or gradient that was not finite.
@@ -36,6 +37,7 @@ class RunState:
     samples: int = 0
     steps_counted: int = 0
     loss_sum: float = 0.0
+    part_sums: Dict[str, float] = field(default_factory=dict)
     norms_counted: int = 0
     grad_norm_sum: float = 0.0
     grad_norm_max: float = 0.0
@@ -55,6 +57,10 @@ class RunState:
     def mean_loss(self) -> float:
         """Of the epoch's steps so far."""
         return self.loss_sum / max(self.steps_counted, 1)
+
+    def mean_parts(self) -> Dict[str, float]:
+        """Of the single losses, likewise."""
+        return {name: total / max(self.steps_counted, 1) for name, total in self.part_sums.items()}
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain values."""

@@ -126,3 +126,28 @@ def test_without_a_home_folder_the_variables_are_named(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_no_cuda_is_told_beside_the_rest():
     assert len(problems("run.device=cuda:1", "run.seed=x")) == 3
+
+
+def test_what_stage_1_cannot_start_from_is_told(tmp_path):
+    torch.save({"model": {"opt_proj.weight": torch.zeros(2, 2)}}, tmp_path / "stage2.pth")
+    options = ["model.load_pretrained=true", f"model.pretrained={tmp_path / 'stage2.pth'}"]
+    (told,) = problems(*options, path="projects/kvmod/demo_stage1.yaml")
+    assert (
+        told.startswith(f"model.pretrained: {tmp_path / 'stage2.pth'} is of stage 2") and "stage-1 checkpoint" in told
+    )
+
+
+def test_stage_1_needs_what_its_objectives_need():
+    told = problems(
+        "model.objectives={itc: 0, itm: 1}",
+        "model.momentum={queue: 0}",
+        "model.max_txt_len=600",
+        path="projects/kvmod/demo_stage1.yaml",
+    )
+    assert [problem.split(":")[0] for problem in told] == [
+        "model.max_txt_len",
+        *["model.objectives", "model.momentum"],
+        "model.momentum",
+    ]
+    assert "at most BERT's 512 positions, got 600" in told[0]
+    assert "it softens the targets of itc and mlm, and both are 0" in told[-1]

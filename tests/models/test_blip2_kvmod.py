@@ -7,9 +7,16 @@ from lavis.models.blip2_models import blip2_qformer
 from lavis.models.blip2_models.blip2_image_text_matching import Blip2ITM
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from small_vit import SIZE
-from stage_1 import SAMPLES, TEXTS, make_stock, make_tokenizer, ours_like
+from stage_1 import QFORMER, QUERIES, SAMPLES, TEXTS, make_stock, make_tokenizer, ours_like
+from transformers import BertConfig, BertForPreTraining
 
+from lavis_kvmod.demo.words import save_vocabulary, vocabulary
 from lavis_kvmod.models.blip2_kvmod import Blip2KVModITM
+from lavis_kvmod.models.connectors.qformer import QFormer
+from lavis_kvmod.models.language.bert import load_bert_tokenizer, start_from_bert
+from lavis_kvmod.models.momentum import FeatureQueue
+from lavis_kvmod.models.objectives import Identity
+from lavis_kvmod.weights.files import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +206,88 @@ def test_the_queue_makes_negatives_and_the_momentum_model_softens_targets(stock,
     ours.train()(other)
     queued = run(ours, {**samples, "epoch": 0, "iters": 0})[0]["loss_itc"]
     assert len({round(value.item(), 4) for value in (without, hard, soft, queued)}) == 4
+
+
+def test_the_momentum_model_softens_masked_words_too(stock, samples):
+    ours = momentum_model(stock, objectives={"itc": 0.0, "itm": 0.0, "itg": 0.0, "mlm": 1.0})
+    ours.momentum.copy_from(ours._followed())
+    with torch.no_grad():  # what it will say is not what the model says
+        for parameter in ours.momentum.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    before = ours.momentum.query_tokens.clone()
+    hard = run(ours, {**samples, "epoch": 0, "iters": 0})[0]["loss_mlm"]
+    soft = run(ours, {**samples, "epoch": 1})[0]["loss_mlm"]
+    assert abs(hard - soft) > 1e-3
+    ours.train()(samples)
+    assert not torch.equal(ours.momentum.query_tokens, before)  # it follows without ITC, too
+
+
+def test_a_queue_need_be_no_multiple_of_the_batch():
+    queue = FeatureQueue(6, 1, 2)
+    for batch in range(3):  # 12 samples into 6 places, 4 at a time
+        numbers = torch.arange(4) + 4 * batch
+        queue.push(
+            numbers[:, None, None].expand(4, 1, 2).float(), numbers[:, None].expand(4, 2), Identity(numbers, numbers)
+        )
+    kept = queue.contents()
+    assert sorted(kept.identity.text.tolist()) == [6, 7, 8, 9, 10, 11]
+    assert torch.equal(kept.text[:, 0], kept.identity.text.float())
+    queue.push(
+        torch.zeros(9, 1, 2), torch.zeros(9, 2), Identity(torch.arange(9), torch.arange(9))
+    )  # more than it holds
+    assert sorted(queue.contents().identity.image.tolist()) == [3, 4, 5, 6, 7, 8]
+
+
+def test_one_image_with_all_captions_has_no_negatives(stock, samples):
+    output, gradients = run(ours_like(stock), {**samples, "image_id": torch.zeros(SAMPLES, dtype=torch.long)})
+    assert all(torch.isfinite(output[name]) for name in LOSSES)
+    assert gradients["itm_head.weight"].abs().sum() > 0
+
+
+def test_a_text_longer_than_berts_positions_is_cut(stock):
+    read = ours_like(stock).eval().extract_features({"text_input": [" ".join(["red"] * 600)]}, mode="text")
+    assert read.text_embeds.shape[1] == 512
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A small BERT as Hugging Face saves it, and its folder. The kind of its words, of which a Q-Former has none, is 0."""
+    folder = tmp_path_factory.mktemp("bert")
+    save_vocabulary(folder)
+    torch.manual_seed(7)
+    model = BertForPreTraining(BertConfig(vocab_size=len(vocabulary()), max_position_embeddings=512, **QFORMER)).eval()
+    with torch.no_grad():
+        model.bert.embeddings.token_type_embeddings.weight.zero_()
+        model.cls.predictions.bias.normal_()
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def new_qformer(**sizes):
+    words = len(load_bert_tokenizer("demo"))
+    return QFormer(
+        encoder_width=32, num_queries=QUERIES, vocab_size=words, word_head=True, **{**QFORMER, **sizes}
+    ).eval()
+
+
+def test_starting_from_bert_reads_texts_as_it_does(bert):
+    model, folder = bert
+    qformer = new_qformer()
+    dec = qformer.bert.embeddings.word_embeddings.weight[-1].clone()
+    start_from_bert(qformer, str(folder))
+    ids = load_bert_tokenizer(str(folder))(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**ids, output_hidden_states=True)
+        read = qformer(input_ids=ids.input_ids, attention_mask=ids.attention_mask).last_hidden_state
+        words = qformer.cls(read)
+    seen = ids.attention_mask.bool()
+    assert (read - expected.hidden_states[-1])[seen].abs().max() <= 1e-5
+    assert (words[..., :-1] - expected.prediction_logits)[seen].abs().max() <= 1e-5
+    assert torch.equal(qformer.bert.embeddings.word_embeddings.weight[-1], dec)  # [DEC] is new
+    layer = qformer.bert.encoder.layer[0]
+    assert torch.equal(layer.intermediate_query.dense.weight, layer.intermediate.dense.weight)
+
+
+def test_a_bert_of_another_size_is_told(bert):
+    with pytest.raises(CheckpointError, match="expected the weights of a BERT of the Q-Former's size; .* are missing"):
+        start_from_bert(new_qformer(num_hidden_layers=6), str(bert[1]))

@@ -25,7 +25,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["itc", "itm", "itg", "mlm", "momentum"])
+@pytest.mark.parametrize("objective", ["itc", "itm", "itg", "mlm", "momentum", "momentum of words"])
 def test_two_ranks_are_one_with_twice_the_batch(results, objective):
     one, two = (result[objective] for result in results)  # in float64: what is compared is the arithmetic
     assert one.keys() == two.keys() and len(one) > 30

@@ -183,3 +183,18 @@ def test_a_loss_without_number_leaves_the_scale_as_it_was():
 def test_batches_are_named_by_what_they_carry():
     assert identify({"question_id": [1, 2], "text_input": ["a", "b"]}) == "question_id [1, 2]"
     assert identify({"image": None}) == "its samples carry no id"
+
+
+class Parts(Tokens):
+    """A loss that is the sum of two."""
+
+    def forward(self, samples):
+        output = super().forward(samples)
+        return {**output, "loss_one": output["loss"] * 0.25, "loss_two": output["loss"] * 0.75, "loss_three": None}
+
+
+def test_single_losses_are_means_like_their_sum():
+    _, step = make(Parts())
+    result = take(step, batches(1, 5, 2))
+    assert result.parts == pytest.approx({"loss_one": result.loss / 4, "loss_two": result.loss * 3 / 4})
+    assert take(make()[1], batches(3)).parts == {}

@@ -19,6 +19,7 @@ IMAGE_IDS = [0, 1, 2, 1]
 OBJECTIVES = ("itc", "itm", "itg", "mlm")
 CASES = {name: {"objectives": {**dict.fromkeys(OBJECTIVES, 0.0), name: 1.0}} for name in OBJECTIVES}
 CASES["momentum"] = {"momentum_queue": 8}
+CASES["momentum of words"] = {"momentum_queue": 8, **CASES["mlm"]}
 
 
 def hardest(scores, positives):

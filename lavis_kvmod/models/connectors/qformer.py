@@ -416,6 +416,7 @@ class QFormer(nn.Module):
         self.hidden_size = hidden_size
         self.num_attention_heads = num_attention_heads
         self.vocab_size = vocab_size
+        self.max_position_embeddings = max_position_embeddings
         layers = [
             QFormerLayer(
                 hidden_size=hidden_size,

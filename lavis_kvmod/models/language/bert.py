@@ -12,10 +12,11 @@ from lavis_kvmod.weights.files import CheckpointError, StateDict
 from lavis_kvmod.weights.finding import WeightFile
 from lavis_kvmod.weights.reading import read_folder
 
-__all__ = ["BLIP2_VOCABULARY", "bert_files", "load_bert_tokenizer", "start_from_bert"]
+__all__ = ["BERT_POSITIONS", "BLIP2_VOCABULARY", "bert_files", "load_bert_tokenizer", "start_from_bert"]
 
 # bert-base-uncased with [DEC], which a text to be generated begins with.
 BLIP2_VOCABULARY = 30523
+BERT_POSITIONS = 512
 _BOS = "[DEC]"
 # What BERT has and the Q-Former does not: the pooler, and the head for pairs of sentences.
 _NOT_THE_QFORMERS = re.compile(r"(bert\.)?(pooler|embeddings\.token_type_embeddings)\.|cls\.seq_relationship\.")
