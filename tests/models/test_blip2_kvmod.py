@@ -251,7 +251,7 @@ def test_a_text_longer_than_berts_positions_is_cut(stock):
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    """A small BERT as Hugging Face saves it, and its folder. The kind of its words, of which a Q-Former has none, is 0."""
+    """A small BERT as Hugging Face saves it, and its folder. Word kinds, which a Q-Former lacks, are 0."""
     folder = tmp_path_factory.mktemp("bert")
     save_vocabulary(folder)
     torch.manual_seed(7)
