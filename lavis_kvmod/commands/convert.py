@@ -11,6 +11,7 @@ from typing import Dict, Hashable, NamedTuple, Optional, Tuple
 import torch
 from tqdm import tqdm
 
+from lavis_kvmod.system.paths import expanded
 from lavis_kvmod.weights import hf_folders, hf_names
 from lavis_kvmod.weights.files import CheckpointError, listing, whole_or_nothing
 from lavis_kvmod.weights.finding import WeightFile
@@ -81,7 +82,7 @@ def convert(
         CheckpointError: if one cannot be read, or ``source`` cannot be had in that layout.
         ValueError: if ``target`` is there already, or of no known kind.
     """
-    path = Path(target).expanduser()
+    path = expanded(target)
     kind = _kind(path)
     found = _gather(TensorFiles(), source, base, vit, opt)
     if drop_prefix:

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lavis_kvmod.commands.launch import build_runner, load_config, set_up_logging
 from lavis_kvmod.demo import digits, parts
 from lavis_kvmod.runners.run_folder import BEST
+from lavis_kvmod.system.paths import absolute
 from lavis_kvmod.system.progress import resident_peak_gib
 
 RUN_FILE = "projects/kvmod/demo_vqa.yaml"
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the demo; returns the exit status."""
     set_up_logging()
-    output = Path(args.output_dir).expanduser().resolve()
+    output = absolute(args.output_dir).resolve()
     start = time.monotonic()
     parts.build_parts()
     seconds = {"frozen_parts": time.monotonic() - start}

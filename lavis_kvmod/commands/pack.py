@@ -3,7 +3,6 @@
 import argparse
 import signal
 import sys
-from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
 from lavis_kvmod.commands.launch import set_up_logging
@@ -14,6 +13,7 @@ from lavis_kvmod.datasets.shards.counting import write_indices
 from lavis_kvmod.datasets.shards.files import Shard, read_index
 from lavis_kvmod.datasets.shards.packing import Packer, PackSettings, items_of, readable
 from lavis_kvmod.datasets.shards.rows import CAPTION, VQA
+from lavis_kvmod.system.paths import expanded
 from lavis_kvmod.system.schema import ConfigurationError
 
 SEED = 42
@@ -49,7 +49,9 @@ def pack(
     Raises:
         ConfigurationError: listing what is wrong with the run file's data.
         BadDataError: for data that cannot be packed, or folders that hold something else.
+        FileNotFoundError: for ``~`` where there is no home folder.
     """
+    folder = expanded(out)
     chosen = [f"run.{key}_splits=[{','.join(splits) if key == 'train' else ''}]" for key in ("train", "valid", "test")]
     chosen.append("run.evaluate=false")
     cfg = load_config(cfg_path, [*options, *(chosen if splits else [])], data_only=True)
@@ -73,7 +75,7 @@ def pack(
             seed=seed if split == "train" else None,
         )
         answers = getattr(built[split], "answer_list", None) if kind == VQA else None
-        written[split] = Packer(Path(out).expanduser() / split, kind, items, settings, answers).pack()
+        written[split] = Packer(folder / split, kind, items, settings, answers).pack()
     return written
 
 

@@ -9,6 +9,7 @@ from typing import Callable, Dict, Iterator, List, Sequence, Tuple, Union
 
 from lavis_kvmod.datasets.cells import short
 from lavis_kvmod.datasets.images import BadImageError
+from lavis_kvmod.system.paths import expanded
 
 __all__ = ["IMAGE_SUFFIXES", "ImageFolders", "MissingImageError", "OutsideImageError"]
 
@@ -41,7 +42,7 @@ class ImageFolders:
     def __init__(self, roots: Union[str, Path, Sequence[Union[str, Path]]], allow_outside: bool = False):
         self.allow_outside = allow_outside
         roots = [roots] if isinstance(roots, (str, Path)) else list(roots)
-        self.roots = list(dict.fromkeys(os.path.abspath(os.path.expanduser(str(root))) for root in roots))
+        self.roots = list(dict.fromkeys(os.path.abspath(expanded(root)) for root in roots))
         for root in self.roots:
             if not os.path.isdir(root):
                 raise FileNotFoundError(f"no folder {root}")

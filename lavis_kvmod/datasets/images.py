@@ -8,12 +8,15 @@ transparency, leaves photographs lying on their side, and, because importing LAV
 import contextlib
 import io
 import os
+import warnings
 import zlib
 from pathlib import Path
-from typing import BinaryIO, Iterator, Optional, Union
+from typing import BinaryIO, Iterator, Optional, Sequence, Union
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from lavis_kvmod.system.quiet import LibraryWarning, gathered_warnings
 
 __all__ = ["FORMATS", "BadImageError", "format_of", "read_image"]
 
@@ -56,7 +59,8 @@ def read_image(source: ImageSource, *, max_pixels: Optional[int] = None, name: O
     max_pixels = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
     try:
         try:
-            return _decoded(source, max_pixels)
+            with _warnings_name(name):
+                return _decoded(source, max_pixels)
         except Exception:  # damaged files make Pillow's decoders raise errors of almost any type
             pixels_alone = _png_without_side_data(source)
             if pixels_alone is not None:
@@ -113,6 +117,18 @@ def _png_without_side_data(source: Union[str, Path, BinaryIO]) -> Optional[bytes
             kept.append(data[start:end])
         start = end
     return b"".join(kept)
+
+
+@contextlib.contextmanager
+def _warnings_name(image: str) -> Iterator[None]:
+    """Pillow's warnings say what is wrong with a file, not with which."""
+    gathered: Sequence[LibraryWarning] = ()
+    try:
+        with gathered_warnings() as gathered:
+            yield
+    finally:
+        for told in gathered:
+            warnings.warn_explicit(f"{image}: {told.text}", UserWarning, told.file, told.line)
 
 
 @contextlib.contextmanager

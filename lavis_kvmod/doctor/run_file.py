@@ -150,14 +150,15 @@ def weight_findings(files: Sequence[WeightFile], sizes: Mapping[str, int]) -> Li
     """
     found, to_come = [], 0
     for file in files:
-        path = file.local_path()
+        had = file.problem() is None
+        path = file.local_path() if had else None
         if file.build is not None:
             folder = _demo_part(file)
             text = "built here on first use, once" if folder is None else str(folder)
             found.append(Finding(NOTE if folder is None else OK, f"{file.part}: {text}"))
         elif path is not None:
             found.append(Finding(OK, f"{file.part}: {path}"))
-        elif file.problem() is None:
+        elif had:
             size = sizes.get(_PART_OF_KEY.get(file.key, ""), 0)
             to_come += size
             about = f", about {gib(size)}" if size else ""

@@ -10,6 +10,7 @@ from lavis_kvmod.models.vision.encoders import VISION_ENCODERS, vision_weights
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB
 from lavis_kvmod.system.schema import Settings, SettingsError, key, not_known
 from lavis_kvmod.weights.finding import WeightFile
+from lavis_kvmod.weights.reading import holds
 
 PREFIX_GATES = ("none", "tanh")
 ANSWER_LOSSES = ("sample", "all")
@@ -118,6 +119,19 @@ class ImageSideSettings(Blip2Settings):
         source = getattr(self, name)
         return WeightFile(f"{name} checkpoint", source, f"model.{name}") if source else None
 
+    def below_finetuned(self) -> Optional[WeightFile]:
+        """``pretrained`` where the model takes its ``ln_vision`` from there: what is on this machine of the finetuned
+        checkpoint and of the ViT's file has none (ours hold what was trained)."""
+        if not (self.load_finetuned and self.finetuned and self.pretrained):
+            return None
+        for file in (self.checkpoint(), vision_weights(self.vit_model, self.vit_checkpoint)):
+            if file is None or file.build is not None:
+                return None
+            path = None if file.absence() else file.local_path()
+            if path is None or holds(path, "ln_vision.") is not False:
+                return None
+        return WeightFile("pretrained checkpoint", self.pretrained, "model.pretrained")
+
     def weight_files(self) -> List[WeightFile]:
         """All files the model is built from."""
         files = [
@@ -125,6 +139,7 @@ class ImageSideSettings(Blip2Settings):
             self.language_files(),
             auxiliary_weights(self.aux_encoder, self.aux_checkpoint) if self.kv_modulation else None,
             self.checkpoint(),
+            self.below_finetuned(),
         ]
         return [file for file in files if file is not None]
 

@@ -23,6 +23,7 @@ from lavis_kvmod.runners.steps import GradientStep
 from lavis_kvmod.runners.training_state import RunState
 from lavis_kvmod.system.distributed import data_parallel, get_rank, get_world_size, on_main
 from lavis_kvmod.system.lavis_paths import set_registry_path
+from lavis_kvmod.system.paths import absolute
 from lavis_kvmod.system.precision import amp_dtype, needs_grad_scaler
 from lavis_kvmod.system.sharding import shard_language_model
 from lavis_kvmod.weights.files import CheckpointError
@@ -80,7 +81,7 @@ class RunParts(RunnerBase):
         opened: List[RunFolder] = []
 
         def choose() -> Tuple[Path, Optional[Path], bool]:
-            output_dir = Path.cwd() / Path(run_cfg.output_dir).expanduser()
+            output_dir = absolute(run_cfg.output_dir)
             resume = run_cfg.get("resume_ckpt_path", None)
             checkpoint = None
             if resume and resume != "auto":

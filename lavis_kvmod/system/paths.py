@@ -40,7 +40,7 @@ def resolve_config(path: str) -> Path:
     Raises:
         FileNotFoundError: there is no such file; the message lists those that are shipped.
     """
-    given = _expanded(path)
+    given = expanded(path)
     if given.is_file():
         return given
     inside = given.parts[1:] if given.parts[:1] == ("lavis",) else given.parts
@@ -60,7 +60,7 @@ def absolute(path: Union[str, Path]) -> Path:
     Raises:
         FileNotFoundError: for ``~`` where there is no home folder.
     """
-    return _expanded(path).absolute()
+    return expanded(path).absolute()
 
 
 def has_home() -> bool:
@@ -82,10 +82,18 @@ def cannot_be_written(path: Union[str, Path]) -> List[str]:
     return []
 
 
-def _expanded(path: Union[str, Path]) -> Path:
+def expanded(path: Union[str, Path]) -> Path:
+    """A path with the home folder in place of ``~``.
+
+    Raises:
+        FileNotFoundError: where there is no such folder.
+    """
     if str(path).startswith("~") and not has_home():  # or a folder called ~ would be made
         raise FileNotFoundError(f"{path}: {NO_HOME}")
-    return Path(path).expanduser()
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise FileNotFoundError(f"{path}: no user of that name has a home folder here") from error
 
 
 def cache_dir() -> Path:

@@ -2,9 +2,11 @@
 
 import logging
 import warnings
-from typing import Dict, Tuple
+from collections import Counter
+from contextlib import contextmanager
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
-__all__ = ["CountsWarnings", "hide_deprecations"]
+__all__ = ["CountsWarnings", "LibraryWarning", "WarningTally", "gathered_warnings", "hide_deprecations"]
 
 # Warnings of one cause that are told each; behind them only every doubling of their number is.
 _SHOWN = 12
@@ -32,6 +34,46 @@ class CountsWarnings(logging.Filter):
         record.msg = f"{record.getMessage()} ({number} warnings of this kind so far; the next is told at {2 * number})"
         record.args = ()
         return True
+
+
+class LibraryWarning(NamedTuple):
+    """What Python's ``warnings`` were told: a text, and the line of code that said it, which is its cause."""
+
+    text: str
+    file: str
+    line: int
+
+
+@contextmanager
+def gathered_warnings() -> Iterator[List[LibraryWarning]]:
+    """Takes what is said within, each time it is said, and fills the list at the end; what a filter hides stays hidden.
+
+    Pillow's warnings of an image would else be a line for each file, since their texts differ.
+    """
+    gathered: List[LibraryWarning] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", append=True)
+            yield gathered
+    finally:
+        gathered += [LibraryWarning(str(each.message), each.filename, each.lineno) for each in caught]
+
+
+class WarningTally:
+    """Logs the first warning of a cause, and how many there have been at 10, 100, 1000, …"""
+
+    def __init__(self) -> None:
+        self._numbers: Dict[Tuple[str, int], int] = Counter()
+
+    def tell(self, gathered: Iterable[LibraryWarning]) -> None:
+        """Count these."""
+        for told in gathered:
+            cause = (told.file, told.line)
+            self._numbers[cause] += 1
+            number = self._numbers[cause]
+            if str(number).strip("0") == "1":
+                count = "" if number == 1 else f"; {number} of this kind so far"
+                logging.warning("%s (%s, line %d%s; others like it are counted)", told.text, *cause, count)
 
 
 def hide_deprecations() -> None:

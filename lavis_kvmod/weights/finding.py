@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterable, List, Optional
 
+from lavis_kvmod.system.paths import expanded
 from lavis_kvmod.weights import downloads
 from lavis_kvmod.weights.files import CheckpointError, check_sha256, quick_problem
 from lavis_kvmod.weights.hf_folders import folder_problem
@@ -51,10 +52,14 @@ class WeightFile:
             object.__setattr__(self, "sha256", digest)
 
     def local_path(self) -> Optional[Path]:
-        """The file on this machine, or None if it would have to be downloaded or does not exist."""
+        """The file on this machine, or None if it would have to be downloaded or does not exist.
+
+        Raises:
+            FileNotFoundError: for ``~`` where there is no home folder.
+        """
         if not self.source:
             return None
-        path = Path(self.source).expanduser()
+        path = expanded(self.source)
         if path.exists():
             return path
         if self.is_hf_folder:
@@ -70,8 +75,11 @@ class WeightFile:
         """Why this cannot be had, or None; what is on disk is not looked at."""
         if self.sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", self.sha256):
             return f"{self.part}: expected 64 hexadecimal digits behind {self.source}#sha256=, got {self.sha256!r}"
-        if self.build is not None or self.local_path() is not None:
-            return None
+        try:
+            if self.build is not None or self.local_path() is not None:
+                return None
+        except FileNotFoundError as error:
+            return f"{self.part}: {error}, or {self.key} to a path without ~"
         remedy = f"set {self.key} to a local {'folder' if self.is_hf_folder else 'file'}"
         if not self.source:
             return f"{self.part}: no weights known for it; {remedy}"

@@ -1,12 +1,12 @@
 """A model's weights, read under LAVIS's names and loaded with every key accounted for."""
 
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import Iterable, NamedTuple, Optional
 
 import torch
 from torch import nn
 
-from lavis_kvmod.weights.files import CheckpointError, PathLike, StateDict, listing, model_tensors, read
+from lavis_kvmod.weights.files import CheckpointError, PathLike, StateDict, can_be_mapped, listing, model_tensors, read
 from lavis_kvmod.weights.hf_folders import open_lavis
 from lavis_kvmod.weights.tensors import TensorFiles, read_all
 
@@ -23,6 +23,21 @@ def read_weights(path: PathLike) -> StateDict:
     under LAVIS's names or Hugging Face's; or a Hugging Face folder of a BLIP-2 OPT. Raises as `open_lavis`."""
     tensors, _ = open_lavis(TensorFiles(), Path(path))
     return read_all(tensors)
+
+
+def holds(path: PathLike, beginning: str) -> Optional[bool]:
+    """Whether a checkpoint has tensors whose names begin so, under LAVIS's names; their numbers are not read.
+
+    None where only reading all of it would tell, or it cannot be read.
+    """
+    path = Path(path)
+    if path.is_file() and not can_be_mapped(path):
+        return None
+    try:
+        tensors, _ = open_lavis(TensorFiles(), path)
+    except (CheckpointError, OSError):
+        return None
+    return any(name.startswith(beginning) for name in tensors)
 
 
 def read_folder(folder: PathLike, dtype: torch.dtype) -> StateDict:

@@ -289,3 +289,10 @@ def test_the_error_crosses_processes(tmp_path):
     """Workers send errors to the main process, which makes them anew from their text."""
     error = BadImageError("a.jpg: not readable")
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_what_pillow_warns_of_names_the_file(tmp_path):
+    exif = b"Exif\0\0II*\0" + struct.pack("<IHHHII", 8, 1, 271, 2, 100, 5000)  # a text of 100 bytes that is not there
+    path = file(tmp_path, CAT, "cat.jpg", exif=exif)
+    with pytest.warns(UserWarning, match=r"cat\.jpg: .*EXIF"):
+        read_image(path)

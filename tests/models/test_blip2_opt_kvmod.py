@@ -12,9 +12,11 @@ from lavis_kvmod import Blip2OPTKVMod
 from lavis_kvmod.models.language.answers import answers_of
 from lavis_kvmod.models.language.soft_prompt import continue_texts
 from lavis_kvmod.models.language.text import prompt_batch
+from lavis_kvmod.models.settings import ModelSettings
 from lavis_kvmod.weights import files as checkpoints
-from lavis_kvmod.weights import reading
+from lavis_kvmod.weights import finding, reading
 from lavis_kvmod.weights.files import CheckpointError
+from lavis_kvmod.weights.finding import MissingWeightsError
 
 
 def image_batch(images, b=3, captions=True):
@@ -490,7 +492,7 @@ def test_stock_checkpoint_leaves_missing_only_prefix_and_towers(build, files):
     }
 
 
-def test_what_we_save_loads_back(build, tmp_path, images):
+def test_what_we_save_loads_back(build, model_config, files, tmp_path, images):
     model = build(seed=1, prefix_gate="tanh")
     model.kv_gate.data.fill_(0.3)
     with torch.no_grad():
@@ -524,6 +526,12 @@ def test_what_we_save_loads_back(build, tmp_path, images):
             pretrained=None,
             prefix_gate="tanh",
         )
+    # and so that file is looked at before anything is loaded; but not for one that holds ln_vision itself
+    ours = {"load_finetuned": True, "finetuned": str(tmp_path / "ours.pth"), "pretrained": "/nowhere/blip2.pth"}
+    with pytest.raises(MissingWeightsError, match="no such file /nowhere/blip2.pth; set model.pretrained"):
+        finding.require(ModelSettings.from_config(model_config(**ours)).weight_files())
+    whole = ModelSettings.from_config(model_config(**{**ours, "finetuned": str(files.blip2)}))
+    finding.require(whole.weight_files())
 
 
 def test_checkpoints_that_do_not_fit_list_their_keys(build, files, tmp_path):

@@ -1,10 +1,18 @@
 """Where shipped, named and cached files are looked for."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from lavis_kvmod.commands import demo
+from lavis_kvmod.commands.convert import convert
+from lavis_kvmod.commands.pack import pack
+from lavis_kvmod.datasets.answer_list import answer_list_problem
+from lavis_kvmod.datasets.image_folders import ImageFolders
+from lavis_kvmod.runners.parts import RunParts
 from lavis_kvmod.system import paths
+from lavis_kvmod.weights.finding import WeightFile
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,3 +91,27 @@ def test_the_cache_folder_can_be_moved(tmp_path, monkeypatch):
     monkeypatch.setenv("LAVIS_KVMOD_CACHE", str(tmp_path / "elsewhere"))
     assert paths.cache_dir() == tmp_path / "elsewhere"
     assert not paths.cache_dir().exists()
+
+
+def test_without_a_home_folder_each_path_with_a_tilde_says_what_to_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths.os.path, "expanduser", lambda path: path)  # as it is for a user id without a name
+    monkeypatch.chdir(tmp_path)
+    asked = [
+        lambda: WeightFile("checkpoint", "~/a.pth", "model.pretrained").fetch(),
+        lambda: convert("a.pth", "~/b.pth"),
+        lambda: pack("projects/kvmod/demo_vqa.yaml", "~/shards"),
+        lambda: RunParts.open_folder(SimpleNamespace(output_dir="~/out", get=lambda key, default: None)),
+        lambda: ImageFolders("~/photos"),
+        lambda: demo.main(SimpleNamespace(output_dir="~/demo")),
+    ]
+    for ask in asked:
+        with pytest.raises(FileNotFoundError, match="~/.*: no home folder is known .*: set HOME to a folder of yours"):
+            ask()
+    assert "model.pretrained to a path without ~" in WeightFile("checkpoint", "~/a.pth", "model.pretrained").problem()
+    assert "~/rows.csv (no home folder is known" in answer_list_problem("~/rows.csv")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_folder_of_nobody(monkeypatch):
+    with pytest.raises(FileNotFoundError, match="~no-such-user/a: no user of that name has a home folder here"):
+        paths.absolute("~no-such-user/a")

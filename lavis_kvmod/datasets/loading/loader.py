@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.seeding import stable_hash
+from lavis_kvmod.system.quiet import WarningTally, gathered_warnings
 
 __all__ = ["PADDING", "Batch", "Loader", "Source", "or_failure"]
 
@@ -21,6 +22,10 @@ Batch = Dict[str, Any]
 # Key of a batch that stands in where a rank has no sample left: it is computed, so that all ranks take part in every
 # exchange, and counts nothing.
 PADDING = "is_padding"
+
+# Key of a batch for what libraries warned of while it was read; the main process tells it, for all workers.
+_WARNINGS = "library_warnings"
+_TALLY = WarningTally()
 
 # Seconds a worker outlives a SIGTERM: time for the main process to finish its step and save.
 _WORKER_GRACE = 30
@@ -103,6 +108,7 @@ class Loader:
         for batch in _outliving_workers(lambda start: self._read(epoch, start), self._start):
             if isinstance(batch, _Failure):
                 raise batch.error
+            _TALLY.tell(batch.pop(_WARNINGS, ()))
             yield batch
 
     def first_sample(self) -> Batch:
@@ -134,11 +140,14 @@ class _Failure:
 
 
 def or_failure(make: Callable[[], Any]) -> Any:
-    """What ``make`` gives; or, where the data are at fault and not the program, what has a `Loader` raise the error."""
+    """What ``make`` gives; or, where the data are at fault and not the program, what has a `Loader` raise the error.
+    What libraries warn of meanwhile travels with a batch."""
     try:
-        return make()
+        with gathered_warnings() as gathered:
+            made = make()
     except (BadDataError, FileNotFoundError) as error:
         return _Failure(error)
+    return {**made, _WARNINGS: gathered} if gathered and isinstance(made, dict) else made
 
 
 # ---------------------------------------------------------------- workers that are killed

@@ -15,7 +15,7 @@ import braceexpand
 
 from lavis_kvmod.datasets.bad_samples import BadDataError, some_of
 from lavis_kvmod.datasets.shards.rows import Kind, ends_as_a_tar
-from lavis_kvmod.datasets.storage import places
+from lavis_kvmod.datasets.storage import looked_for, places
 
 __all__ = [
     "ANSWERS",
@@ -103,7 +103,7 @@ def find_shards(patterns: Sequence[str], kind: Optional[Kind] = None) -> List[Sh
             looked = _places(expanded)
             place, found = next(((place, found) for place in looked for found in [_files(place)] if found), ("", []))
             if not found:
-                missing.append(f"{expanded} (looked for {' and '.join(looked)})")
+                missing.append(f"{expanded} (looked for {looked_for(looked, ' and ')})")
             globs.append(place)
             for path in found:
                 if path in paths:

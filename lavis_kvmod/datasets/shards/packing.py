@@ -25,6 +25,7 @@ from lavis_kvmod.datasets.seeding import stable_hash
 from lavis_kvmod.datasets.shards.files import ANSWERS, INDEX, Contents, Shard, index_text, read_index, sha256_of
 from lavis_kvmod.datasets.shards.rows import CAPTION, IMAGE_EXTENSIONS, VQA, Kind
 from lavis_kvmod.system.progress import Progress
+from lavis_kvmod.system.quiet import WarningTally, gathered_warnings
 from lavis_kvmod.weights.files import whole_or_nothing
 
 __all__ = ["Item", "PackSettings", "Packer", "items_of", "readable"]
@@ -211,10 +212,12 @@ def readable(items: Sequence[Item], policy: BadSamplePolicy, name: str) -> List[
     Raises:
         BadDataError: for those that cannot, as ``policy`` says.
     """
-    good, problems = [], []
+    good, problems, tally = [], [], WarningTally()
     for item in Progress(items, f"{name}: decoding images", log_every=1000):
         try:
-            read_image(item.read()[1], name=item.path or item.name)
+            with gathered_warnings() as gathered:
+                read_image(item.read()[1], name=item.path or item.name)
+            tally.tell(gathered)
             good.append(item)
         except (BadImageError, BadDataError) as error:
             problems.append(f"{item.entries[0]['source']}: {error}")

@@ -4,6 +4,7 @@ import random
 import signal
 import time
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from lavis_kvmod.datasets.loading.loader import PADDING, Loader
 from lavis_kvmod.datasets.loading.plans import SamplePlan
 from lavis_kvmod.datasets.loading.samples import SampleSource
 from lavis_kvmod.runners.loaders import stream_of
+from lavis_kvmod.system.quiet import WarningTally
 
 
 class Noise(torch.utils.data.Dataset):
@@ -189,3 +191,22 @@ def test_a_data_set_that_makes_its_own_loader_is_found_in_a_concatenation():
     assert stream_of(torch.utils.data.ConcatDataset([stream])) is stream
     assert stream_of(torch.utils.data.ConcatDataset([stream, stream])) is None
     assert stream_of(Noise()) is None
+
+
+class Warns(Noise):
+    """As Pillow does of many files: one cause, a text for each."""
+
+    def __getitem__(self, index):
+        warnings.warn(f"photo {index} has no colour profile", stacklevel=1)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_libraries_warn_of_is_told_once_and_counted(num_workers, caplog, monkeypatch):
+    monkeypatch.setattr(loader, "_TALLY", WarningTally())
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        batches = read(dataset=Warns(), num_workers=num_workers)
+    assert not any(loader._WARNINGS in batch for batch in batches)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and "has no colour profile" in told[0] and "; 10 of this kind so far" in told[1]
