@@ -43,7 +43,7 @@ def rooms() -> List[Room]:
     layers = read_configuration(str(ROOT / "pyproject.toml"))["contracts_options"][0]["layers"]
     found = []
     for depth, layer in enumerate(layers):
-        for name in layer.replace("|", " ").split():
+        for name in re.sub("[|:]", " ", layer).split():
             top = PACKAGE / name if (PACKAGE / name).is_dir() else PACKAGE / f"{name}.py"
             inside = sorted(init.parent for init in top.rglob("__init__.py") if init.parent != top)
             found += [_room(path, len(layers) - depth) for path in [top, *inside]]

@@ -195,11 +195,15 @@ def test_a_hook_without_its_package_is_silent(python, tmp_path):
     assert python.stderr == ""
 
 
-def test_no_folder_is_called_tilde(tmp_path):
+def test_no_folder_is_called_tilde(tmp_path, lavis):
     """A container's user id without a name, and no HOME: transformers would write its version into ``~``."""
-    nameless = "import os; os.path.expanduser = lambda path: path; import lavis.models"
+    lavis(code="import transformers.utils.hub")
+    nameless = (
+        "import os; os.path.expanduser = lambda path: path; "
+        "import lavis_kvmod.plugin as plugin; plugin.activate = lambda: None; import lavis"
+    )
     env = {name: value for name, value in os.environ.items() if name not in ("HOME", "HF_HOME", "TRANSFORMERS_CACHE")}
-    env["TMPDIR"] = str(tmp_path / "tmp")
+    env.update(TMPDIR=str(tmp_path / "tmp"), PYTHONPATH=str(tmp_path))
     (tmp_path / "tmp").mkdir()
     (tmp_path / "here").mkdir()
     subprocess.run([sys.executable, "-c", nameless], cwd=tmp_path / "here", env=env, check=True, timeout=120)

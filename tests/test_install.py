@@ -2,7 +2,8 @@
 
 Each environment borrows the dependencies from the one that runs the tests, by a `.pth` file. The
 hook of that one cannot leak in, because `.pth` files inside a folder added like this are not read.
-Importing LAVIS takes seconds, so one interpreter for each way of installing gathers many facts.
+Importing what LAVIS imports takes seconds, so one interpreter for each way of installing does that, and what is asked
+of LAVIS is asked in its children.
 """
 
 import json
@@ -11,8 +12,10 @@ import shutil
 import subprocess
 import sys
 import venv
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +24,38 @@ PACKAGED = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md",
 PACKAGED_FOLDERS = ("lavis_kvmod", "configs", "projects")
 # `pip install .` makes a wheel, and installs it.
 WAYS = ("wheel", pytest.param("pip install .", marks=pytest.mark.slow), "pip install -e .")
+
+# Runs each code of a JSON object in a child of its own, and prints their exit codes and what they wrote.
+CHILDREN = r"""
+import json, os, sys, tempfile, traceback
+import cv2, decord, fairscale.nn.checkpoint, iopath, pandas, pycocotools.coco, skimage, spacy, timm, torch, torchvision
+import transformers.modeling_utils, webdataset
+
+def child(code):
+    os.dup2(out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
+    status = 0
+    try:
+        exec(code, {"__name__": "__main__"})
+    except SystemExit as error:
+        status = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+done = {}
+for name, code in json.loads(sys.argv[1]).items():
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        pid = os.fork() or child(code)
+        status = os.waitpid(pid, 0)[1]
+        out.seek(0)
+        err.seek(0)
+        done[name] = {"returncode": os.WEXITSTATUS(status), "stdout": out.read(), "stderr": err.read()}
+print(json.dumps(done))
+"""
 
 # What a user meets after `import lavis`. lavis_kvmod is imported by name only once that is seen.
 FACTS = r"""
@@ -54,16 +89,30 @@ facts["model config"] = str(paths.resource("configs/models/blip2_opt_kvmod/demo.
 facts["run file"] = str(paths.resolve_config("projects/kvmod/vqa.yaml"))
 print(json.dumps(facts))
 """
+# As `python -m lavis.train --help` does.
+DASH_M = """
+import runpy, sys
+sys.argv = ["-m", "--help"]
+runpy._run_module_as_main("lavis.train")
+"""
+BROKEN = """
+import sys
+sys.modules["lavis_kvmod.tasks.vqa"] = None  # as if the file were broken
+from lavis.models import model_zoo
+print("blip2_opt" in dict(model_zoo), "blip2_opt_kvmod" in dict(model_zoo))
+"""
 
 
 class Environment:
-    """A virtual environment with all that lavis-kvmod depends on, and a folder elsewhere."""
+    """A virtual environment with all that lavis-kvmod depends on, and a folder elsewhere; or one that is there."""
 
     def __init__(self, folder):
-        venv.create(folder / "venv", with_pip=False)
+        self.folder = folder
         self.bin = folder / "venv" / "bin"
         self.elsewhere = folder / "elsewhere"
-        self.elsewhere.mkdir()
+        if not self.elsewhere.exists():
+            venv.create(folder / "venv", with_pip=False)
+            self.elsewhere.mkdir()
         (self.site_packages,) = (folder / "venv").glob("lib/python*/site-packages")
         (self.site_packages / "dependencies.pth").write_text("\n".join(_dependency_folders()))
 
@@ -87,6 +136,12 @@ class Environment:
             capture_output=True,
             text=True,
         )
+
+    def run_children(self, **codes):
+        """Run some code, each in a child of an interpreter that has imported what LAVIS imports."""
+        done = self.run("python", "-c", CHILDREN, json.dumps(codes))
+        assert done.returncode == 0, done.stderr
+        return {name: SimpleNamespace(**of) for name, of in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 def _dependency_folders():
@@ -120,10 +175,12 @@ def wheel(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def install(wheel):
-    """Installs in one of the ways into a new environment under a folder; gives the environment."""
+def install(wheel, tmp_path_factory):
+    """A function: an environment into which it was installed in one of the ways, once a way."""
 
-    def into(folder, way):
+    @lru_cache(maxsize=None)
+    def by(way):
+        folder = tmp_path_factory.mktemp("install")
         environment = Environment(folder)
         if way == "wheel":
             environment.install(str(wheel))
@@ -133,13 +190,24 @@ def install(wheel):
             environment.install(*options, str(source))
         return environment
 
-    return into
+    return by
 
 
-@pytest.fixture(scope="session", params=WAYS)
-def facts(request, install, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("install")
-    done = install(folder, request.param).run("python", "-c", FACTS)
+@pytest.fixture(scope="session")
+def seen(install):
+    """A function: what children saw of an install, once a way."""
+
+    @lru_cache(maxsize=None)
+    def by(way):
+        more = {"dash_m": DASH_M, "broken": BROKEN} if way == "wheel" else {}
+        return install(way).run_children(facts=FACTS, **more)
+
+    return by
+
+
+@pytest.fixture(params=WAYS)
+def facts(request, install, seen):
+    done, folder = seen(request.param)["facts"], install(request.param).folder
     assert done.returncode == 0, done.stderr
     assert "lavis-kvmod could not" not in done.stderr
     package = folder / "source" if request.param == "pip install -e ." else folder / "venv"
@@ -147,8 +215,8 @@ def facts(request, install, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def environment(install, tmp_path_factory):
-    return install(tmp_path_factory.mktemp("environment"), "wheel")
+def environment(install):
+    return install("wheel")
 
 
 def test_lavis_lists_the_model_with_its_types(facts):
@@ -181,8 +249,8 @@ def test_config_files_are_part_of_the_install(facts, file):
     assert facts["expected in"] in Path(facts[file]).parents
 
 
-def test_python_dash_m_reaches_our_command(environment):
-    done = environment.run("python", "-m", "lavis.train", "--help")
+def test_python_dash_m_reaches_our_command(seen):
+    done = seen("wheel")["dash_m"]
     assert done.returncode == 0, done.stderr
     assert "--cfg-path" in done.stdout
 
@@ -207,14 +275,8 @@ print("lavis_kvmod.plugin" in sys.modules)
     assert done.stdout.splitlines() == ["False None", "lavis.models False", "False"], done.stderr
 
 
-def test_a_plugin_that_cannot_be_imported_is_one_warning(environment):
-    code = """
-import sys
-sys.modules["lavis_kvmod.tasks.vqa"] = None  # as if the file were broken
-from lavis.models import model_zoo
-print("blip2_opt" in dict(model_zoo), "blip2_opt_kvmod" in dict(model_zoo))
-"""
-    done = environment.run("python", "-c", code)
+def test_a_plugin_that_cannot_be_imported_is_one_warning(seen):
+    done = seen("wheel")["broken"]
     assert done.stdout.split() == ["True", "False"], done.stderr
     assert done.stderr.count("lavis-kvmod could not be activated") == 1
     assert "import of lavis_kvmod.tasks.vqa halted" in done.stderr
@@ -223,13 +285,13 @@ print("blip2_opt" in dict(model_zoo), "blip2_opt_kvmod" in dict(model_zoo))
 
 @pytest.mark.parametrize("way", WAYS)
 def test_uninstalling_leaves_nothing(install, tmp_path, way):
-    environment = install(tmp_path, way)
+    environment = Environment(shutil.copytree(install(way).folder, tmp_path / "copy", symlinks=True))
     installed = sorted(path.name for path in environment.site_packages.iterdir())
     assert "lavis_kvmod.pth" in installed
     finders = ("python", "-c", "import sys; print('lavis_kvmod._hook' in sys.modules)")
     assert environment.run(*finders).stdout.strip() == "True"
     if way != "wheel":
-        left = {path.name for path in (tmp_path / "source").iterdir()}
+        left = {path.name for path in (environment.folder / "source").iterdir()}
         assert left <= {*PACKAGED, *PACKAGED_FOLDERS, "build", "lavis_kvmod.egg-info"}
 
     environment.pip("uninstall", "--yes", "lavis-kvmod")

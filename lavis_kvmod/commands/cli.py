@@ -39,10 +39,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for name, (module_name, text) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         if given[:1] == [name]:  # a command's module is imported only to be run or to be explained
+            if disabled() and name != "doctor":
+                parser.error("this command needs the plugin: unset LAVIS_KVMOD_DISABLE")
             module = import_module(module_name)
             module.add_arguments(command)
             command.set_defaults(run=module.main)
     args = parser.parse_args(given)
-    if disabled() and args.command != "doctor":
-        parser.error("this command needs the plugin: unset LAVIS_KVMOD_DISABLE")
     return args.run(args) or 0

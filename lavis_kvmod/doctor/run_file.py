@@ -150,7 +150,7 @@ def weight_findings(files: Sequence[WeightFile], sizes: Mapping[str, int]) -> Li
     """
     found, to_come = [], 0
     for file in files:
-        had = file.problem() is None
+        had = file.absence() is None
         path = file.local_path() if had else None
         if file.build is not None:
             folder = _demo_part(file)
