@@ -82,7 +82,7 @@ setup(
     # writes an import finder that costs milliseconds at every interpreter start.
     package_dir={"": "."},
     packages=find_packages(include=["lavis_kvmod", "lavis_kvmod.*"]),
-    package_data={"lavis_kvmod": ["py.typed"]},
+    package_data={"lavis_kvmod": ["py.typed", "reports/*.html"]},
     cmdclass={"build_py": BuildWithHookAndConfigs},
     entry_points={"console_scripts": ["lavis-kvmod = lavis_kvmod.commands.cli:main"]},
     install_requires=[
@@ -93,6 +93,7 @@ setup(
         "braceexpand",
         "efficientnet_pytorch==0.7.1",
         "filelock",
+        "jinja2",  # torch brings it
         "omegaconf",
         "pillow",
         "pycocoevalcap",

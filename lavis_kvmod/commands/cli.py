@@ -18,6 +18,7 @@ _COMMANDS = {
     "convert": ("lavis_kvmod.commands.convert", "write a checkpoint in another layout: LAVIS's or Hugging Face's"),
     "pack": ("lavis_kvmod.commands.pack", "write a run file's data as tar shards (webdataset), or an index for shards"),
     "attend": ("lavis_kvmod.commands.attend", "where the model looks when it answers about an image, as a PNG"),
+    "report": ("lavis_kvmod.commands.report", "a run on one page (report.html), or several compared"),
     "demo": (
         "lavis_kvmod.commands.demo",
         "train on scanned digits with and without KV modulation, and compare (CPU, minutes)",

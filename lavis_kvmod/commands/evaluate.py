@@ -9,6 +9,7 @@ with the trained weights of run.resume_ckpt_path if that names a checkpoint.
 from typing import Any, Dict, Optional, Sequence
 
 from lavis_kvmod.commands.launch import build_runner, load_config, run_command
+from lavis_kvmod.commands.report import leave_report
 from lavis_kvmod.system.distributed import get_rank
 from lavis_kvmod.system.ending import run_and_end
 from lavis_kvmod.system.schema import ConfigurationError
@@ -35,6 +36,7 @@ def evaluate(cfg_path: str, options: Sequence[str] = ()) -> Optional[Dict[str, A
         about = reports.provenance(cfg, cfg_path, options)
         for path in reports.write(reports.Report(metrics, runner.task.evaluated, about), runner.output_dir):
             print(path)
+        leave_report(runner)
     return logs
 
 

@@ -3,6 +3,7 @@
 from typing import Any, Dict, Optional, Sequence
 
 from lavis_kvmod.commands.launch import build_runner, load_config, run_command
+from lavis_kvmod.commands.report import train_and_report
 from lavis_kvmod.system.ending import run_and_end
 
 
@@ -12,7 +13,7 @@ def train(cfg_path: str, options: Sequence[str] = ()) -> Optional[Dict[str, Any]
     Raises:
         ConfigurationError: listing all that is wrong, before anything heavy is loaded.
     """
-    return build_runner(load_config(cfg_path, options)).train()
+    return train_and_report(build_runner(load_config(cfg_path, options)))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

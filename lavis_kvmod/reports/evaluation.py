@@ -136,7 +136,7 @@ def _examples(split: str, evaluated: Evaluated, folder: Path) -> List[str]:
     if evaluated.pictures and len(evaluated.pictures) < len(rows):
         rows = [row for row in rows if row["instance_id"] in evaluated.pictures]
         parts.append(f"The data were streamed: the examples are from the first {len(rows)} samples that were read.")
-    columns = _columns(rows)
+    columns = columns_of(rows)
     pictures: Dict[str, str] = {}  # by instance: an example may be in two groups
     for group in choose(rows, evaluated.goodness):
         lines = []
@@ -158,7 +158,7 @@ def _picture(row: Row, evaluated: Evaluated, folder: Path, name: str) -> str:
     return f"![{escape(row['image'])}]({PICTURES}/{name})"
 
 
-def _columns(rows: Sequence[Row]) -> List[str]:
+def columns_of(rows: Sequence[Row]) -> List[str]:
     """The columns of the examples: those of these that there are."""
     wanted = ("question", "answers", "references", "prediction", "accuracy", "CIDEr", "exact_match", "confidence")
     return [name for name in wanted if any(name in row for row in rows)]

@@ -52,6 +52,7 @@ class RunnerKVMod(TrainsEpochs):
                 self._begin()
                 while self.state.epoch < self.max_epoch and not self._out_of_patience():
                     self._train_and_validate(self.state.epoch)
+                self.task.evaluated = {}  # for the run's report
                 with self.signals.nothing_to_save():
                     logs = self.evaluate("best")
             logging.info("Training time %s", datetime.timedelta(seconds=round(time.monotonic() - start)))

@@ -53,10 +53,12 @@ def test_vqa(options, tmp_path, capsys):
     assert about["model"]["checkpoint"] == str(tmp_path / "tuned.pth")
     assert about["versions"]["torch"] and about["data"] == {"digits_vqa": "default"}
     page = (folder / "report.md").read_text(encoding="utf-8")
-    pictures = sorted((folder / "report").iterdir())
+    pictures = sorted((folder / "report").glob("*.jpg"))
     assert "Which digit is written?" in page or "What colour" in page or "even?" in page
     assert pictures and all(f"(report/{path.name})" in page for path in pictures)
     assert (folder / "result/val_epochbest.csv").is_file()
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count('<img src="data:image/jpeg;base64,') == 12 and "question_type/ink" in page
 
 
 def test_captions_without_java(options, tmp_path, capsys, monkeypatch):
