@@ -1,7 +1,6 @@
 """A model loaded to be asked about pictures: for the commands that show answers."""
 
 import argparse
-from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
@@ -10,6 +9,7 @@ from PIL import Image
 
 from lavis_kvmod.models.language.soft_prompt import ScoredAnswer
 from lavis_kvmod.models.language.text import QUESTION
+from lavis_kvmod.system.paths import expanded
 
 __all__ = ["TOLD", "Asked", "add_model_arguments", "load_model"]
 
@@ -102,7 +102,7 @@ def _check_device(device: str) -> None:
 
 def _config_of_run(checkpoint: Optional[str]) -> Optional[DictConfig]:
     """What the run that wrote a checkpoint was made by, where its folder says so."""
-    path = Path(checkpoint).parent / "config.yaml" if checkpoint else None
+    path = expanded(checkpoint).parent / "config.yaml" if checkpoint else None
     if path is None or not path.is_file():
         return None
     cfg = OmegaConf.load(path)

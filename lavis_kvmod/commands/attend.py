@@ -3,7 +3,6 @@
 import argparse
 import math
 import sys
-from pathlib import Path
 from typing import List, Sequence, Tuple
 
 from PIL import Image
@@ -13,6 +12,7 @@ from lavis_kvmod.commands.asking import TOLD, Asked, add_model_arguments, load_m
 from lavis_kvmod.datasets.images import read_image
 from lavis_kvmod.models.attention_maps import AnswerTrace, AttentionMaps
 from lavis_kvmod.reports.attention import Panel, heat_map, panels, share_table
+from lavis_kvmod.system.paths import absolute, expanded
 from lavis_kvmod.weights.files import whole_or_nothing
 
 TOKENS_SHOWN = 12
@@ -35,15 +35,16 @@ def main(args: argparse.Namespace) -> int:
     try:
         if not args.out.lower().endswith(".png"):
             raise ValueError(f"--out: expected a name that ends in .png, got {args.out!r}")
-        image = read_image(args.image)  # before the model, which takes longer
+        out = absolute(args.out)
+        image = read_image(expanded(args.image))  # before the model, which takes longer
         asked = load_model(args.model_type, args.checkpoint, args.device)
         sheet, lines = look(asked, image, args.question, args.answer, args.queries or [])
-        with whole_or_nothing(Path(args.out)) as temporary:
+        with whole_or_nothing(out) as temporary:
             sheet.save(temporary, "PNG")
     except (*TOLD, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join([*lines, str(Path(args.out).resolve())]))
+    print("\n".join([*lines, str(out)]))
     return 0
 
 

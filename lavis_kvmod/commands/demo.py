@@ -14,7 +14,10 @@ from typing import Any, Dict, List, Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from lavis_kvmod.commands.launch import build_runner, load_config, set_up_logging
+from lavis_kvmod.commands.report import train_and_report
 from lavis_kvmod.demo import digits, parts
+from lavis_kvmod.reports.run_files import read_run
+from lavis_kvmod.reports.run_page import PAGE, write_page
 from lavis_kvmod.runners.run_folder import BEST
 from lavis_kvmod.system.paths import absolute
 from lavis_kvmod.system.progress import resident_peak_gib
@@ -53,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
         start = time.monotonic()
         options = [f"run.output_dir={output / name}", f"model.kv_modulation={str(modulated).lower()}"]
         runner = build_runner(load_config(RUN_FILE, [*options, *args.options]))
-        metrics = runner.train()["test"]
+        metrics = (train_and_report(runner) or {})["test"]
         seconds[name] = time.monotonic() - start
         folders[name] = runner.output_dir
         summary[name] = {kind: round(metrics[_metric(kind)] / 100, 4) for kind in KINDS}
@@ -63,13 +66,14 @@ def main(args: argparse.Namespace) -> int:
     summary["peak_memory_gib"] = round(resident_peak_gib(), 2)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     sheet = output / "answers.png"
-    contact_sheet(predictions["with_prefix"]).save(sheet)
+    contact_sheet(predictions["with_prefix"], predictions["without_prefix"]).save(sheet)
+    report = write_page([read_run(folder) for folder in folders.values()], output / PAGE)
 
     print(f"\nHeld-out accuracy on {digits.SPLITS['test']} scans\n")
     print(accuracy_table(summary))
     print("\nSome answers, with the prefix\n")
     print(answer_lines(predictions["with_prefix"], scans=3))
-    print(f"\nPicture: {sheet}\nNumbers: {output / 'summary.json'}")
+    print(f"\nPicture: {sheet}\nReport: {report}\nNumbers: {output / 'summary.json'}")
     print(f"\nThe model, in Python:\n\n{loading_lines(folders['with_prefix'] / BEST)}")
     return 0
 
@@ -110,24 +114,29 @@ def answer_lines(predictions: Sequence[Dict[str, Any]], scans: int) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(predictions: Sequence[Dict[str, Any]], columns: int = 4) -> Image.Image:
-    """The first test scans, each with its questions and answers; wrong answers in red with the right one."""
-    answered = _by_scan(predictions)
+def contact_sheet(
+    with_prefix: Sequence[Dict[str, Any]], without_prefix: Sequence[Dict[str, Any]], columns: int = 3
+) -> Image.Image:
+    """The first test scans, with what each of the two models answers; wrong answers in red."""
+    answered = [_by_scan(with_prefix), _by_scan(without_prefix)]
     scans = digits.load_scans("test")[:SHOWN]
-    cell_width, picture, line = 250, 160, 18
-    cell_height = picture + line * len(digits.QUESTIONS) + 28
-    rows = -(-len(scans) // columns)
-    sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
+    width, picture, line, at = 410, 130, 18, (200, 300)
+    height = picture + line * (2 + len(digits.QUESTIONS)) + 28
+    sheet = Image.new("RGB", (columns * width, -(-len(scans) // columns) * height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
     for i, scan in enumerate(scans):
-        x, y = (i % columns) * cell_width + 12, (i // columns) * cell_height + 12
+        x, y = (i % columns) * width + 12, (i // columns) * height + 12
         sheet.paste(digits.render(scan).resize((picture, picture), Image.Resampling.NEAREST), (x, y))
-        for n, question in enumerate(digits.questions(scan)):
-            answer = answered[scan.index][question.type]
-            right = answer == question.answer
-            text = f"{question.question} {answer}" + ("" if right else f" ({question.answer})")
-            place = (x, y + picture + 4 + n * line)
-            draw.text(place, text, fill="black" if right else "firebrick", font=font)
+        y += picture + 4
+        draw.text((x, y), digits.caption(scan), fill="black", font=font)
+        for column, name in zip(at, ("with prefix", "without")):
+            draw.text((x + column, y), name, fill="grey", font=font)
+        for n, question in enumerate(digits.questions(scan), start=1):
+            draw.text((x, y + n * line), question.question, fill="black", font=font)
+            for column, of_model in zip(at, answered):
+                answer = of_model[scan.index][question.type]
+                colour = "black" if answer == question.answer else "firebrick"
+                draw.text((x + column, y + n * line), answer, fill=colour, font=font)
     return sheet
 
 

@@ -2,12 +2,12 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any, Dict, Optional
 
 from lavis_kvmod.reports.run_files import read_run
 from lavis_kvmod.reports.run_page import PAGE, leave_page, write_page
 from lavis_kvmod.system.distributed import get_rank
+from lavis_kvmod.system.paths import absolute
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Write the page; returns the exit status: 2 for what the user can mend."""
     try:
-        folders = [Path(folder).expanduser() for folder in args.folders]
+        folders = [absolute(folder) for folder in args.folders]
         runs = [read_run(folder) for folder in folders]
-        default = folders[0] / PAGE if len(folders) == 1 else Path(PAGE)
-        print(write_page(runs, Path(args.out).expanduser() if args.out else default).resolve())
+        default = folders[0] / PAGE if len(folders) == 1 else absolute(PAGE)
+        print(write_page(runs, absolute(args.out) if args.out else default))
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

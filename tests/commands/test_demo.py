@@ -24,12 +24,13 @@ def predictions(wrong=()):
 
 
 def test_contact_sheet_shows_wrong_answers_in_red():
-    def red_pixels(rows):
-        pixels = np.asarray(contact_sheet(rows)).reshape(-1, 3)
+    def red_pixels(rows, without):
+        pixels = np.asarray(contact_sheet(rows, without)).reshape(-1, 3)
         return (pixels == (178, 34, 34)).all(1).sum()
 
-    assert red_pixels(predictions()) == 0
-    assert red_pixels(predictions(wrong=["ink"])) > 100
+    assert red_pixels(predictions(), predictions()) == 0
+    one, both = red_pixels(predictions(), predictions(wrong=["ink"])), red_pixels(*[predictions(wrong=["ink"])] * 2)
+    assert both == 2 * one > 100  # the two models side by side
 
 
 def test_answers_and_table_say_what_was_measured():
@@ -57,6 +58,7 @@ def test_colour_comes_through_the_prefix_alone(tmp_path):
     assert summary["without_prefix"]["digit"] >= 0.75
     assert summary["peak_memory_gib"] < 4
     assert (output / "answers.png").stat().st_size > 10_000
+    assert "model.kv_modulation" in (output / "report.html").read_text(encoding="utf-8")
 
     # what it trained loads in one line, in another process than the one that wrote it
     (best,) = output.glob("with_prefix/*/checkpoint_best.pth")

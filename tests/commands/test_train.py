@@ -314,7 +314,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(run_file, m
 def test_what_comes_from_the_environment_is_written_nowhere(run_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TOKEN", "hf_secret")
     train(run_file(max_epoch=1, prompt="${oc.env:TOKEN} {}"))
-    files = [path for path in only_run(tmp_path).rglob("*") if path.suffix in (".yaml", ".txt", ".pth", ".json", ".html")]
+    written = (".yaml", ".txt", ".pth", ".json", ".html")
+    files = [path for path in only_run(tmp_path).rglob("*") if path.suffix in written]
     assert len(files) >= 5 and "oc.env:TOKEN" in (only_run(tmp_path) / "config.yaml").read_text()
     for path in files:
         assert b"hf_secret" not in path.read_bytes(), path
