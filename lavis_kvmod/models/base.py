@@ -22,6 +22,7 @@ from lavis_kvmod.models.parts import PartSummary, summarise, train_only
 from lavis_kvmod.models.settings import PREFIX_GATES, ImageSideSettings
 from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB, FrozenFeatureCache, FrozenFeatures
+from lavis_kvmod.models.vision.prefix_controls import controlled
 from lavis_kvmod.system.paths import resource
 from lavis_kvmod.system.precision import (
     autocast,
@@ -55,6 +56,7 @@ class KVModBase(Blip2Base):
         cache_frozen_features, feature_cache_gib: see `FrozenFeatureCache`.
         ln_vision_loaded: whether ``ln_vision``, which has no file of its own, came with the ViT handed in; else a
             checkpoint must hold it.
+        prefix_control: see `lavis_kvmod.models.vision.prefix_controls`; may be set anew at any time.
 
     A subclass adds its own parts, then calls `_add_prefix` and `_freeze`.
     """
@@ -80,6 +82,7 @@ class KVModBase(Blip2Base):
         cache_frozen_features: bool = False,
         feature_cache_gib: float = DEFAULT_GIB,
         ln_vision_loaded: bool = True,
+        prefix_control: str = "none",
     ):
         super().__init__()
         # Names and order as in LAVIS's models: they are the names in its checkpoints.
@@ -92,6 +95,7 @@ class KVModBase(Blip2Base):
         self.image_size = image_size
         self.feature_cache = FrozenFeatureCache(feature_cache_gib) if cache_frozen_features else None
         self.ln_vision_loaded = ln_vision_loaded
+        self.prefix_control = prefix_control
 
     def _add_prefix(
         self, kv_prefix: Optional[KVPrefixGenerator], aux_encoder: Optional[AuxiliaryEncoder], prefix_gate: str
@@ -170,7 +174,7 @@ class KVModBase(Blip2Base):
             features = self.feature_cache(keys, image, self._encode_to_keep)
         if surrounding_autocast(self.device.type) is None:  # what is trained then computes in float32
             features = features._replace(visual_tokens=features.visual_tokens.to(self.query_tokens.dtype))
-        return features
+        return controlled(self.prefix_control, features)
 
     def _encode_to_keep(self, image: Tensor) -> FrozenFeatures:
         """In the precision of the tower's weights: autocast adds a half-precision tower's layers up in float32."""

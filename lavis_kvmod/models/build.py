@@ -15,7 +15,7 @@ from lavis_kvmod.models.settings import (
     ObjectiveSettings,
     Stage1Settings,
 )
-from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder, build_auxiliary_encoder
+from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder, build_auxiliary_encoder, untrained_encoder
 from lavis_kvmod.models.vision.encoders import Vision, build_vision_encoder
 
 
@@ -41,6 +41,7 @@ class ImageSide(NamedTuple):
             image_size=settings.image_size,
             cache_frozen_features=settings.cache_frozen_features,
             feature_cache_gib=settings.feature_cache_gib,
+            prefix_control=settings.prefix_control,
         )
 
 
@@ -62,9 +63,12 @@ def build_image_side(
     made = CONNECTORS[connector](settings, sizes)
     if not settings.kv_modulation:
         return ImageSide(vision, None, None, made)
-    aux_encoder = build_auxiliary_encoder(
-        settings.aux_encoder, settings.aux_checkpoint, settings.aux_image_size, load=load
-    )
+    if load and not settings.reads_aux_weights:
+        aux_encoder = untrained_encoder(settings.aux_encoder, settings.aux_image_size)
+    else:
+        aux_encoder = build_auxiliary_encoder(
+            settings.aux_encoder, settings.aux_checkpoint, settings.aux_image_size, load=load
+        )
     kv_prefix = KVPrefixGenerator(
         feature_dim=aux_encoder.feature_dim,
         hidden_size=made.hidden_size,

@@ -72,6 +72,11 @@ class ImageSideSettings(Blip2Settings):
     )
     aux_checkpoint: Optional[str] = key(None, "path or URL of the encoder's weights; its ImageNet weights by default")
     aux_image_size: Optional[int] = key(None, "side in pixels it sees (bilinear); as given by default", gt=0)
+    prefix_control: Literal["none", "constant", "shuffled", "untrained", "vit"] = key(
+        "none",
+        "for experiments, what the prefix is made from instead: `constant` (a learned constant prefix), `shuffled` "
+        "(another image's features), `untrained` (an encoder with random weights), `vit` (the ViT's own mean token)",
+    )
     vit_checkpoint: Optional[str] = key(None, "path or URL of the ViT's weights; LAVIS's by default")
     cache_frozen_features: bool = key(
         False, "remember the frozen encoders' output by `image_key` (small sets without augmentation)"
@@ -107,6 +112,8 @@ class ImageSideSettings(Blip2Settings):
             found.append(AUXILIARY_ENCODERS.unknown(self.aux_encoder))
         if self.load_finetuned and not self.finetuned:
             found.append("finetuned: load_finetuned is true, so a checkpoint is needed here; got none")
+        if self.prefix_control != "none" and not self.kv_modulation:
+            found.append(f"prefix_control: {self.prefix_control} needs kv_modulation: true, there is no prefix")
         if self.cache_frozen_features and not self.freeze_vit:
             found.append("cache_frozen_features: needs freeze_vit: true, a trained ViT's features change")
         return found
@@ -137,11 +144,16 @@ class ImageSideSettings(Blip2Settings):
         files = [
             vision_weights(self.vit_model, self.vit_checkpoint),
             self.language_files(),
-            auxiliary_weights(self.aux_encoder, self.aux_checkpoint) if self.kv_modulation else None,
+            auxiliary_weights(self.aux_encoder, self.aux_checkpoint) if self.reads_aux_weights else None,
             self.checkpoint(),
             self.below_finetuned(),
         ]
         return [file for file in files if file is not None]
+
+    @property
+    def reads_aux_weights(self) -> bool:
+        """Whether the auxiliary encoder is there, with the weights it was trained to."""
+        return self.kv_modulation and self.prefix_control != "untrained"
 
     def language_files(self) -> WeightFile:
         """What stands behind the Q-Former, or reads its texts."""

@@ -12,6 +12,7 @@ from lavis_kvmod.models.vision.auxiliary import (
     IMAGENET_STD,
     build_auxiliary_encoder,
 )
+from lavis_kvmod.system.schema import SettingsError
 from lavis_kvmod.weights.files import CheckpointError
 from lavis_kvmod.weights.finding import MissingWeightsError
 
@@ -154,3 +155,41 @@ def test_unknown_encoder_names_the_known():
 def test_missing_file_names_the_key():
     with pytest.raises(MissingWeightsError, match="/nowhere/b3.pth; set model.aux_checkpoint to a local file"):
         build_auxiliary_encoder("efficientnet-b3", "/nowhere/b3.pth")
+
+
+# ---------------------------------------------------------------- controls
+
+
+def pooled_of(model, batch):
+    return model.frozen_features(batch).pooled
+
+
+def test_each_control_puts_other_features_in_the_same_place(build, images):
+    batch = {"image": images(3)}
+    own = build()
+    pooled, tokens = pooled_of(own, batch), own.frozen_features(batch).visual_tokens
+    trained = [(name, p.shape) for name, p in own.named_parameters() if p.requires_grad]
+    found = {control: build(prefix_control=control) for control in ("constant", "shuffled", "untrained", "vit")}
+    for model in found.values():
+        assert [(name, p.shape) for name, p in model.named_parameters() if p.requires_grad] == trained
+        assert torch.equal(model.frozen_features(batch).visual_tokens, tokens)
+        assert pooled_of(model, batch).shape == pooled.shape and not torch.allclose(pooled_of(model, batch), pooled)
+    assert len(pooled_of(found["constant"], batch).unique()) == 1
+    assert torch.equal(pooled_of(found["shuffled"], batch), pooled[[2, 0, 1]])
+    assert torch.equal(pooled_of(found["vit"], batch)[:, : tokens.shape[2]], tokens.mean(1))
+    untrained = pooled_of(found["untrained"], batch)
+    assert torch.equal(untrained, pooled_of(build(seed=5, prefix_control="untrained"), batch))
+    assert 0.05 < untrained.std() < 20
+    own.prefix_control = "shuffled"  # at test time, of a trained model
+    assert torch.equal(pooled_of(own, batch), pooled[[2, 0, 1]])
+
+
+def test_a_control_needs_a_prefix_and_a_known_name(build, images):
+    with pytest.raises(SettingsError, match="prefix_control: vit needs kv_modulation: true"):
+        build(prefix_control="vit", kv_modulation=False)
+    with pytest.raises(SettingsError, match="prefix_control: expected one of none, constant, .* got 'noise'"):
+        build(prefix_control="noise")
+    model = build()
+    model.prefix_control = "noise"
+    with pytest.raises(ValueError, match="expected one of none, constant"):
+        pooled_of(model, {"image": images(1)})

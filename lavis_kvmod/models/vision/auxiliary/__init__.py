@@ -2,6 +2,9 @@
 
 from typing import Optional
 
+import torch
+from torch import nn
+
 from lavis_kvmod.models.vision.auxiliary import efficientnet, efficientnet_lite, timm_family
 from lavis_kvmod.models.vision.auxiliary.encoder import (
     BLIP_MEAN,
@@ -29,6 +32,7 @@ __all__ = [
     "efficientnet_lite",
     "register_auxiliary_encoder",
     "timm_family",
+    "untrained_encoder",
 ]
 
 
@@ -65,4 +69,20 @@ def build_auxiliary_encoder(
     backbone = AUXILIARY_ENCODERS[name].build(name)
     if load:
         load_auxiliary_weights(backbone.module, auxiliary_weights(name, checkpoint).fetch())
+    return AuxiliaryEncoder(backbone, image_size)
+
+
+def untrained_encoder(name: str, image_size: Optional[int] = None) -> AuxiliaryEncoder:
+    """The auxiliary encoder with random weights, always the same ones: what its features are worth without training.
+
+    BatchNorm's statistics are taken from noise, since features of random weights fade to nothing without.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        backbone = AUXILIARY_ENCODERS[name].build(name)
+        for module in backbone.module.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None  # the mean of all that is seen, which is one batch
+        with torch.no_grad():
+            backbone.module.train()(torch.randn(8, 3, 64, 64))
     return AuxiliaryEncoder(backbone, image_size)
