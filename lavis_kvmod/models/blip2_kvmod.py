@@ -100,7 +100,8 @@ class Blip2KVMod(KVModBase):
     PRETRAINED_MODEL_CONFIG_DICT = model_type_files("blip2_kvmod", "pretrain", "coco", "demo")
     default_model_type = "pretrain"
     settings_class = Stage1Settings
-    kept_in_training = ("momentum.", "queue.")
+    # ln_vision too: where a run starts from BERT, no other file has the one that was trained with.
+    kept_in_training = ("momentum.", "queue.", "ln_vision.")
     behind_qformer = {"vision_proj": True, "text_proj": True, "itm_head": True, "temp": True}
 
     def __init__(

@@ -82,6 +82,7 @@ class Blip2OPTKVMod(SoftPromptModel):
         prompt: str = "",
         max_txt_len: int = 32,
         answer_loss: str = "sample",
+        split_texts: bool = False,
         **image_side: Any,
     ):
         if answer_loss not in ANSWER_LOSSES:
@@ -96,6 +97,7 @@ class Blip2OPTKVMod(SoftPromptModel):
         self.prompt = prompt
         self.max_txt_len = max_txt_len
         self.answer_loss = answer_loss
+        self.split_texts = split_texts
         self._freeze()
 
     @classmethod
@@ -152,7 +154,10 @@ class Blip2OPTKVMod(SoftPromptModel):
         else:
             row_weights = None
             prompt = samples.get("prompt", self.prompt)
-            text = caption_batch(self.opt_tokenizer, samples["text_input"], prompt, self.max_txt_len, self.device)
+            text = caption_batch(
+                *(self.opt_tokenizer, samples["text_input"], prompt, self.max_txt_len, self.device),
+                split=self.split_texts and self.training,
+            )
         return self._language_loss(soft_prompt, text, row_weights)
 
     def _language_loss(self, soft_prompt: Tensor, text: TextBatch, row_weights: Optional[Tensor]) -> Dict[str, Tensor]:

@@ -119,6 +119,7 @@ def opt_arguments(settings: ModelSettings, *, load: bool = True, connector: str 
         prompt=settings.prompt,
         max_txt_len=settings.max_txt_len,
         answer_loss=settings.answer_loss,
+        split_texts=settings.split_texts,
         ln_vision_loaded=image_side.vision.ln_vision_loaded,
         **image_side.arguments(settings),
     )

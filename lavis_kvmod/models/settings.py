@@ -171,6 +171,11 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
         "sample",
         "`sample`: one answer a question, drawn by weight (in each epoch anew); `all`: all of them, weighted",
     )
+    split_texts: bool = key(
+        False,
+        "in training, cut each caption at a random token: what is before it is given, what is behind it is learnt "
+        "(BLIP-2's prefix language modelling)",
+    )
 
     def conflicts(self) -> List[str]:
         """As for all models, and what is wrong with the prompt."""

@@ -2,7 +2,10 @@
 in its benchmark's layout. Sizes, files and the device are overridden; the structure is the file's own."""
 
 import csv
+import io
+import json
 import re
+import tarfile
 from pathlib import Path
 
 import easy_vqa
@@ -16,8 +19,10 @@ from lavis_kvmod.commands.train import train
 from lavis_kvmod.config.keys import run_defaults, run_settings
 from lavis_kvmod.config.loading import load_config
 from lavis_kvmod.datasets import digits as digits_data
+from lavis_kvmod.datasets.shards.counting import write_indices
 from lavis_kvmod.demo import digits
-from lavis_kvmod.models.settings import SETTINGS, ModelSettings
+from lavis_kvmod.models.blip2_kvmod import Blip2KVMod
+from lavis_kvmod.models.settings import SETTINGS, ModelSettings, Stage1Settings
 from lavis_kvmod.system.paths import resource
 from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.weights import files as checkpoints
@@ -27,6 +32,7 @@ RUN_FILES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yam
 ASKED_FOR = {  # issue by issue; the test that every file runs cannot notice one that is gone
     *("vqa", "vqa_opt6.7b", "caption", "caption_opt6.7b", "okvqa", "demo_vqa", "demo_caption", "easy_vqa"),
     *("custom_vqa", "custom_caption", "artquest"),
+    *("pretrain_stage1", "pretrain_stage2", "demo_stage1", "demo_stage2", "demo_retrieval"),
     *(f"eval/{name}" for name in ("vqav2", "okvqa", "coco_caption", "nocaps")),
     *(f"eval/{name}_zeroshot" for name in ("vqav2", "okvqa", "gqa", "nocaps", "textvqa")),
 }
@@ -88,8 +94,7 @@ def test_without_a_gpu_and_data_all_that_is_missing_is_told(name, monkeypatch, t
         assert "run.device: cuda, but this machine (or this PyTorch) has no CUDA" in text
     if raw(name).model.get("load_finetuned"):
         assert "finetuned: load_finetuned is true, so a checkpoint is needed here" in text
-    (dataset,) = raw(name).datasets
-    assert f"datasets.{dataset}: " in text and "demo_vqa.yaml" in text
+    assert all(f"datasets.{dataset}: " in text for dataset in raw(name).datasets) and "demo_vqa.yaml" in text
     assert not list(tmp_path.iterdir())
 
 
@@ -106,6 +111,11 @@ def yours(model_config, tmp_path_factory):
         torch.manual_seed(0)
         model = Blip2OPTKVMod.from_config(model_config(kv_modulation=on))
         checkpoints.save({"model": checkpoints.trained_state_dict(model)}, folder / f"{on}.pth")
+    sizes = {key: value for key, value in model_config().items() if key in Stage1Settings.model_fields}
+    sizes.update(arch="blip2_kvmod", bert_model="demo", from_bert=False, pretrained=None, load_finetuned=False)
+    sizes.update(embed_dim=64)  # the demo's
+    stage_1 = Blip2KVMod.from_config(sizes)
+    checkpoints.save({"model": checkpoints.trained_state_dict(stage_1)}, folder / "stage1.pth")
     return folder
 
 
@@ -125,7 +135,10 @@ def small(benchmarks, model_config, yours, tmp_path, monkeypatch):
         sizes["finetuned"] = yours / f"{cfg.model.get('kv_modulation', True)}.pth"
         if cfg.model.arch != "blip2_opt_kvmod":  # stage 1, from random weights
             sizes = {key: sizes[key] for key in sizes if key in SETTINGS[cfg.model.arch].model_fields}
-            sizes.update(pretrained="null", finetuned="null")
+            finetuned = yours / "stage1.pth" if cfg.model.get("load_finetuned") else "null"
+            sizes.update(pretrained="null", finetuned=finetuned, bert_model="demo", from_bert=False)
+        elif "stage2" in name:
+            sizes["pretrained"] = yours / "stage1.pth"
         chosen = []
         for key, value in sizes.items():
             if key.endswith("geometry"):
@@ -134,12 +147,15 @@ def small(benchmarks, model_config, yours, tmp_path, monkeypatch):
                 chosen.append(f"model.{key}={value}")
         run = {"device": "cpu", "num_workers": 0, "max_epoch": 1, "num_beams": 2, "max_len": 6}
         run.update(batch_size_train=2, batch_size_eval=3)
+        run.update(dict.fromkeys({"max_iters", "iters_per_inner_epoch"} & set(cfg.run), 4))
         chosen += [f"run.{key}={value}" for key, value in run.items()]
         if cfg.run.task == "kvmod_captioning":
             chosen.append("run.caption_metrics=[Bleu]")  # METEOR starts a JVM
         for dataset, section in cfg.datasets.items():
             section = merged(dataset, section)
-            chosen += [f"datasets.{dataset}.vis_processor.{mode}.image_size=28" for mode in section.vis_processor]
+            chosen += [
+                f"datasets.{dataset}.vis_processor.{mode}.image_size=28" for mode in section.get("vis_processor", {})
+            ]
             chosen += own_files(dataset, section, benchmarks, tmp_path)
         return chosen
 
@@ -153,9 +169,28 @@ def merged(dataset, section):
     return OmegaConf.merge(OmegaConf.load(defaults).datasets[dataset], section or {})
 
 
+def own_shards(benchmarks, folder):
+    """Two photographs with captions in a shard, and its index."""
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for i, caption in ((1, "a photo of an astronaut"), (2, "a photo of a cat")):
+            tar.add(benchmarks / f"coco/images/train2014/COCO_train2014_{i:012d}.jpg", f"{i}.jpg")
+            text = json.dumps({"caption": caption}).encode()
+            entry = tarfile.TarInfo(f"{i}.json")
+            entry.size = len(text)
+            tar.addfile(entry, io.BytesIO(text))
+    write_indices([str(folder)], None, False)
+    return folder
+
+
 def own_files(dataset, section, benchmarks, tmp_path):
     """Tables for the builders that read a user's own, with the columns that the run file names."""
-    if not registry.get_builder_class(dataset).__module__.endswith((".custom", ".artquest")):
+    module = registry.get_builder_class(dataset).__module__
+    if module.endswith(".shards.builders"):
+        return [
+            f"datasets.{dataset}.build_info.annotations.train.storage={own_shards(benchmarks, tmp_path / 'shards')}"
+        ]
+    if not module.endswith((".custom", ".artquest")):
         return []
     columns = {key: section.columns.get(key, key) for key in ("image", "question", "answer", "caption")}
     rows = [

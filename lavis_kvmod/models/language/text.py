@@ -189,12 +189,13 @@ def caption_contexts(tokenizer: Any, prompt: Prompt, count: int) -> List[List[in
 
 
 def caption_batch(
-    tokenizer: Any, captions: Sequence[str], prompt: Prompt, max_length: int, device: Device
+    tokenizer: Any, captions: Sequence[str], prompt: Prompt, max_length: int, device: Device, *, split: bool = False
 ) -> TextBatch:
     """Captions behind their prompt, padded on the right; the loss is on the captions alone.
 
     A prompt that stands in front already, as LAVIS's text processors can put it there, is not put there again. As in
-    LAVIS, at most ``max_length`` tokens are kept, the prompt's counted, and without a prompt BOS has a loss, too.
+    LAVIS, at most ``max_length`` tokens are kept, the prompt's counted, and without a prompt BOS has a loss, too. With
+    ``split`` a random part of each caption, but for its last token, belongs to the prompt (BLIP-2, section 3.3).
 
     Raises:
         ValueError: for an empty caption.
@@ -207,7 +208,10 @@ def caption_batch(
         space = " " if said and start.strip() else ""
         ids = contexts[i] + tokenizer(f"{space}{said}\n", add_special_tokens=False).input_ids
         without_loss = len(contexts[i]) if start.strip() else 0
-        contexts[i], target = ids[:max_length][:without_loss], ids[:max_length][without_loss:]
+        ids = ids[:max_length]
+        if split and without_loss + 1 < len(ids):
+            without_loss = int(torch.randint(max(without_loss, 1), len(ids), ()))
+        contexts[i], target = ids[:without_loss], ids[without_loss:]
         targets.append(target)
     return continuation_batch(tokenizer, contexts, targets, device)
 

@@ -142,3 +142,17 @@ def test_line_breaks_in_targets_are_spaces(tokenizer, between):
     assert answer_ids(tokenizer, said) == answer_ids(tokenizer, "red two")
     of_caption = caption_batch(tokenizer, [f"a photo{between}of a cat{between}on a mat"], "a photo of", 32, "cpu")
     assert learned(tokenizer, of_caption) == [("</s>a photo of a cat on a mat\n", " a cat on a mat\n")]
+
+
+def test_split_captions_give_a_random_part_and_learn_the_rest(tokenizer):
+    captions = ["a red seven on yellow paper"] * 40
+    whole = caption_batch(tokenizer, captions, "", 32, "cpu")
+    torch.manual_seed(0)
+    split = caption_batch(tokenizer, captions, "", 32, "cpu", split=True)
+    assert torch.equal(split.input_ids, whole.input_ids)
+    given = (split.targets == IGNORED).sum(1)
+    assert given.min() == 1 and given.max() == split.input_ids.shape[1] - 1 and len(set(given.tolist())) > 3
+    learnt = split.targets != IGNORED
+    assert torch.equal(split.targets[learnt], split.input_ids[learnt])
+    short = caption_batch(tokenizer, captions[:1], "", 1, "cpu", split=True)  # nothing to cut
+    assert (short.targets != IGNORED).sum() == 1
