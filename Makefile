@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-gpu style map bench clean full-size memory parity
+.PHONY: help demo test test-full test-gpu style map bench bench-hf bench-gpu bench-tables clean full-size memory parity
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 20
@@ -45,8 +45,18 @@ map: $(STAMP) ## write the lists of rooms in README.md and docs/architecture.md 
 	@$(BIN)/python docs/map.py
 
 # By path: LAVIS's wheel installs a package `benchmarks`, which `python -m` would find instead.
-bench: $(STAMP) ## run the benchmarks
-	@set -e; for script in $(wildcard benchmarks/bench_*.py); do echo "$$script"; $(BIN)/python "$$script"; done
+# Options go in ARGS, for example: make bench ARGS='--rows caption_step --keep'
+bench: $(STAMP) ## measure speed and memory against stock LAVIS (8 minutes on two cores), and what an interpreter's start costs
+	@$(BIN)/python benchmarks/bench_startup.py
+	@$(BIN)/python -W ignore benchmarks/bench_speed.py $(ARGS)
+	@$(BIN)/python benchmarks/speed_tables.py
+
+bench-gpu: $(STAMP) ## the same at full size on a GPU, if there is one
+	@$(BIN)/python -W ignore benchmarks/bench_speed.py --device cuda $(ARGS)
+	@$(BIN)/python benchmarks/speed_tables.py
+
+bench-tables: $(STAMP) ## write the tables of docs/performance.md anew, from benchmarks/results/
+	@$(BIN)/python benchmarks/speed_tables.py
 
 full-size: $(STAMP) ## the 3.8-billion-parameter model on the CPU: memory and speed (8 GB of disk, 24 GB of memory)
 	@$(BIN)/python benchmarks/full_size.py
@@ -63,6 +73,10 @@ $(PARITY_STAMP): constraints.txt
 	@.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check \
 		$(shell grep '^torch==' constraints.txt) transformers safetensors
 	@touch $@
+
+bench-hf: $(STAMP) $(PARITY_STAMP) ## add Hugging Face's columns to what `make bench` measured (in an environment of its own)
+	@$(BIN)/python -W ignore benchmarks/bench_speed.py --hf .venv-parity/bin/python $(ARGS)
+	@$(BIN)/python benchmarks/speed_tables.py
 
 parity: $(STAMP) $(PARITY_STAMP) ## compare logits and tokens with Hugging Face's BLIP-2 (in an environment of its own)
 	@$(BIN)/python -W ignore benchmarks/parity_hf.py .venv-parity/bin/python

@@ -77,6 +77,7 @@ class _LavisFinder:
         outermost one is whole.
         """
         self._depth += 1
+        _wait_asleep()
         if module.__name__ == "lavis":
             _keep_from_tilde()
         try:
@@ -111,6 +112,19 @@ def _command_spec(name: str) -> "Optional[ModuleSpec]":
     from importlib.util import spec_from_file_location
 
     return spec_from_file_location(name, os.path.join(os.path.dirname(__file__), _COMMANDS[name]))
+
+
+def _wait_asleep() -> None:
+    """Have PyTorch's threads sleep while they wait for each other, unless the user has said how they are to wait.
+
+    They are made to turn in a circle instead, which is fine as long as each has a core of its own. Beside another busy
+    process the one that is waited for does not run, while the waiting one burns what it could run on. Read when PyTorch
+    is imported.
+    """
+    if "torch" not in sys.modules and not any(
+        map(os.environ.get, ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"))
+    ):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def _keep_from_tilde() -> None:

@@ -208,3 +208,15 @@ def test_no_folder_is_called_tilde(tmp_path, lavis):
     (tmp_path / "here").mkdir()
     subprocess.run([sys.executable, "-c", nameless], cwd=tmp_path / "here", env=env, check=True, timeout=120)
     assert list((tmp_path / "here").iterdir()) == []
+
+
+@pytest.mark.parametrize("env", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "9"}])
+def test_threads_sleep_while_they_wait_unless_the_user_says_how(python, lavis, monkeypatch, env):
+    """Set before PyTorch, which reads it, is imported; a process that does not import LAVIS is left alone."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    lavis()
+    code = "said = lambda: os.environ.get('OMP_WAIT_POLICY')\nbefore = said()\nimport lavis\nprint(before, said())"
+    before = env.get("OMP_WAIT_POLICY")
+    assert python(code, "-W", "ignore", **env) == f"{before} {before if env else 'PASSIVE'}"
+    assert python(f"sys.modules['torch'] = os\n{code}", "-W", "ignore", **env) == f"{before} {before}"

@@ -14,6 +14,7 @@ from lavis_kvmod.doctor.findings import MISSING, NOTE, OK, WARN, Finding
 
 GIB = 2**30
 BF16_CAPABILITY = (8, 0)  # Ampere
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how threads wait for each other
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Machine:
     cpu_bf16: bool = False
     memory_total: Optional[int] = None
     memory_free: Optional[int] = None
+    load: Optional[float] = None  # processes that wanted a core, over the last minute
     environment: Dict[str, str] = field(default_factory=dict)
 
 
@@ -70,7 +72,8 @@ def look() -> Machine:
         cpu_bf16=cpu_has_bf16(),
         memory_total=memory_total,
         memory_free=memory_free,
-        environment={key: os.environ[key] for key in ("CUDA_VISIBLE_DEVICES",) if key in os.environ},
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        environment={key: os.environ[key] for key in ("CUDA_VISIBLE_DEVICES", *_WAITING) if key in os.environ},
     )
 
 
@@ -111,8 +114,21 @@ def device_findings(machine: Machine) -> List[Finding]:
     bf16 = "computes in bf16" if machine.cpu_bf16 else "has no bf16, so frozen parts take twice the memory in fp32"
     memory = "" if machine.memory_total is None else f", {gib(machine.memory_total)} of memory"
     memory += "" if machine.memory_free is None else f" ({gib(machine.memory_free)} free)"
-    found.append(Finding(OK, f"CPU: {machine.cores} cores{memory}; {bf16}"))
+    found.append(_cpu_finding(machine, f"CPU: {machine.cores} cores{memory}; {bf16}"))
     return found
+
+
+def _cpu_finding(machine: Machine, text: str) -> Finding:
+    """The processor, and how runs do on it beside other busy processes: by a factor of six or more worse if PyTorch's
+    threads do not sleep while they wait for each other."""
+    chosen = {key: machine.environment[key] for key in _WAITING if machine.environment.get(key)}
+    sleeps = not chosen or chosen.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    text += "; threads sleep while they wait" if sleeps else "; threads wait as the environment says: "
+    text += "" if sleeps else ", ".join(f"{key}={value}" for key, value in chosen.items())
+    if machine.load is None or machine.load < machine.cores / 2:
+        return Finding(OK, text)
+    text += f"; other processes are busy (load {machine.load:.1f}), so runs will be slower"
+    return Finding(OK, text) if sleeps else Finding(WARN, text, f"unset {' '.join(chosen)}, or OMP_WAIT_POLICY=PASSIVE")
 
 
 def _gpu_finding(i: int, gpu: GPU, driver: Optional[str]) -> Finding:

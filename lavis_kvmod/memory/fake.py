@@ -69,10 +69,15 @@ class _FusedAttention(TorchFunctionMode):
 
 
 def _fused_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Optional[Tensor] = None, dropout_p: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor] = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
 ) -> Tensor:
     if attn_mask is None:
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
     scores = (*query.shape[:-1], key.shape[-2])
     mask = attn_mask.expand(scores)
     return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, mask, False, dropout_p)[0]

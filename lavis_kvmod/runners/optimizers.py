@@ -1,12 +1,31 @@
-"""Which parameters share an optimizer's settings."""
+"""The optimizer: which parameters share its settings, and whether it goes over them in one kernel."""
 
 import inspect
-from typing import Any, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 import torch
 from torch import nn
 
-__all__ = ["build_optimizer"]
+__all__ = ["adamw", "build_optimizer", "has_fused_adamw"]
+
+# The first PyTorch whose fused AdamW also runs on the CPU.
+_FUSED_ON_CPU = (2, 4)
+
+
+def has_fused_adamw(device_types: Iterable[str], torch_version: str = torch.__version__) -> bool:
+    """Whether AdamW can go over parameters on these devices in one kernel: on CUDA, and in newer versions on the CPU.
+
+    It computes the same as a loop over the parameters, to rounding.
+    """
+    major, minor = (int(part) for part in torch_version.split(".")[:2])
+    known = {"cuda"} | ({"cpu"} if (major, minor) >= _FUSED_ON_CPU else set())
+    return set(device_types) <= known
+
+
+def adamw(groups: List[Dict[str, Any]], **settings: Any) -> torch.optim.AdamW:
+    """AdamW over parameter groups, fused where that is to be had."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    return torch.optim.AdamW(groups, fused=has_fused_adamw(devices), **settings)
 
 
 def build_optimizer(model: nn.Module, run_cfg: Any) -> Optional[torch.optim.AdamW]:
@@ -30,4 +49,4 @@ def build_optimizer(model: nn.Module, run_cfg: Any) -> Optional[torch.optim.Adam
     weight_decay, learning_rate = float(run_cfg.weight_decay), float(run_cfg.init_lr)
     groups = make(weight_decay=weight_decay, **{name: value for name, value in wanted.items() if name in known})
     betas = (0.9, float(run_cfg.get("beta2", 0.999)))
-    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay, betas=betas)
+    return adamw(groups, lr=learning_rate, weight_decay=weight_decay, betas=betas)

@@ -39,6 +39,17 @@ def test_why_there_is_no_gpu():
     assert too_old.mark == WARN and "CUDA 13.0 finds no GPU" in too_old.text and "update the driver" in too_old.step
 
 
+def test_how_threads_wait_beside_other_processes():
+    def cpu(load, **environment):
+        return device_findings(Machine(cores=2, load=load, environment=environment))[-1]
+
+    assert cpu(0.3).text.endswith("; threads sleep while they wait") and cpu(0.3).mark == OK
+    assert "other processes are busy (load 4.0)" in cpu(4.0).text and cpu(4.0).mark == OK
+    assert cpu(0.3, OMP_WAIT_POLICY="active").text.endswith("as the environment says: OMP_WAIT_POLICY=active")
+    spins = cpu(4.0, GOMP_SPINCOUNT="1000000")
+    assert spins.mark == WARN and spins.step == "unset GOMP_SPINCOUNT, or OMP_WAIT_POLICY=PASSIVE"
+
+
 def test_this_machine_is_looked_at():
     machine = look()
     assert machine.cores >= 1 and 0 < machine.memory_free <= machine.memory_total

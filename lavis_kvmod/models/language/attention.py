@@ -1,4 +1,4 @@
-"""OPT's attention without a gradient: PyTorch's fused kernel, and Keys and Values that have their place beforehand."""
+"""OPT's attention: PyTorch's fused kernel, and Keys and Values that have their place beforehand."""
 
 from typing import Any, List, Optional, Sequence, Tuple
 
@@ -69,9 +69,10 @@ class LayerCache:
 
 
 class CachedAttention(OPTAttention):
-    """LAVIS's ``OPTAttention``, by `torch.nn.functional.scaled_dot_product_attention` where no gradient is asked for.
+    """LAVIS's ``OPTAttention``, by `torch.nn.functional.scaled_dot_product_attention`; a frozen one, without dropout.
 
-    ``past_key_value`` is a pair of tensors as in LAVIS, or a `LayerCache`, which is written in place.
+    ``past_key_value`` is a pair of tensors as in LAVIS, or a `LayerCache`, which is written in place. Several positions
+    without an ``attention_mask`` attend causally, which needs none to be made and takes the fastest kernel.
     """
 
     def forward(
@@ -85,7 +86,7 @@ class CachedAttention(OPTAttention):
     ) -> Tuple[Tensor, Optional[Tensor], Optional[KeyValue]]:
         """Arguments and results as LAVIS's; (b, t, width) -> (b, t, width), None, all Keys and Values."""
         asked = key_value_states is not None or layer_head_mask is not None or output_attentions
-        if asked or torch.is_grad_enabled():
+        if asked:
             return super().forward(
                 hidden_states, key_value_states, past_key_value, attention_mask, layer_head_mask, output_attentions
             )
@@ -96,7 +97,9 @@ class CachedAttention(OPTAttention):
             key, value = (torch.cat(pair, dim=2) for pair in zip(past_key_value, (key, value)))
         if attention_mask is not None and attention_mask.dtype != query.dtype:  # under autocast
             attention_mask = attention_mask.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
-        attended = F.scaled_dot_product_attention(query, key, value, attention_mask)  # (b, heads, t, head width)
+        is_causal = attention_mask is None and past_key_value is None and query.shape[2] > 1
+        # (b, heads, t, head width)
+        attended = F.scaled_dot_product_attention(query, key, value, attention_mask, is_causal=is_causal)
         return self.out_proj(attended.transpose(1, 2).flatten(2)), None, (key, value)
 
     def _heads(self, states: Tensor) -> Tensor:

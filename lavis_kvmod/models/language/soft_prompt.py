@@ -41,6 +41,8 @@ class ScoredAnswer(NamedTuple):
 def token_losses(opt: Any, soft_prompt: Tensor, text: TextBatch) -> Tuple[Tensor, Tensor]:
     """Cross-entropy of each labelled token of ``text`` (b, t) behind ``soft_prompt`` (b, q, width).
 
+    The text is padded on the right, so that no token sees padding: attention needs no mask.
+
     Returns:
         For the k labelled tokens, the row each is in (k,) and its loss (k,), in the rows' order.
 
@@ -51,10 +53,7 @@ def token_losses(opt: Any, soft_prompt: Tensor, text: TextBatch) -> Tuple[Tensor
     require_positions(opt, q, text.input_ids.shape[1])
     embedded = opt.get_input_embeddings()(text.input_ids)
     hidden = opt.model.decoder(
-        inputs_embeds=torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1),
-        attention_mask=full_mask(soft_prompt, text),
-        use_cache=False,
-        return_dict=True,
+        inputs_embeds=torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1), is_causal=True
     ).last_hidden_state
     predicts = hidden[:, q - 1 : -1]  # (b, t, width)
     row, column = (text.targets != IGNORED).nonzero(as_tuple=True)

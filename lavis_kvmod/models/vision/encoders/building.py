@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lavis_kvmod.models.empty import empty_weights
 from lavis_kvmod.models.grad_checkpoint import recompute_in_backward
+from lavis_kvmod.models.vision.attention import use_fused_attention
 from lavis_kvmod.models.vision.encoders.registry import VISION_ENCODERS
 from lavis_kvmod.system.precision import DTYPES
 from lavis_kvmod.weights.files import CheckpointError
@@ -78,6 +79,7 @@ def build_vision_encoder(
     encoder = VISION_ENCODERS[name]
     with empty_weights():
         vit = encoder.build(image_size, drop_path_rate, **(geometry or {}))
+    use_fused_attention(vit)
     if use_grad_checkpoint:
         recompute_in_backward(encoder.blocks(vit))
     for module in vit.modules():

@@ -1,0 +1,67 @@
+"""Fused kernels against what LAVIS computes step by step: the same to rounding, and the attention map is nowhere."""
+
+import pytest
+import torch
+from lavis.models import eva_vit
+from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTForCausalLM
+
+from lavis_kvmod.models.language.opt import FrozenOPT
+from lavis_kvmod.models.vision.attention import FusedAttention, use_fused_attention
+from lavis_kvmod.runners.optimizers import adamw, has_fused_adamw
+
+
+def test_opt_needs_no_mask_where_padding_stands_behind():
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=40, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64
+    )
+    stock, ours = OPTForCausalLM(config).eval(), FrozenOPT(config)
+    ours.load_state_dict(stock.state_dict())
+    mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+    found = []
+    for given, decoder in (
+        ({"attention_mask": mask}, stock.model.decoder),
+        ({"is_causal": True}, ours.model.decoder),
+        ({"attention_mask": mask}, ours.model.decoder),
+    ):
+        embedded = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        hidden = decoder(inputs_embeds=embedded, use_cache=False, return_dict=True, **given).last_hidden_state
+        (hidden * mask.unsqueeze(-1)).square().sum().backward()
+        found.append((hidden[mask.bool()], embedded.grad))
+    for other in found[1:]:
+        for a, b in zip(found[0], other):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [None, 0.1])
+def test_the_vit_attends_as_lavis_does(scale):
+    torch.manual_seed(0)
+    stock = eva_vit.Attention(32, num_heads=4, qkv_bias=True, qk_scale=scale)
+    torch.nn.init.normal_(stock.q_bias)
+    x = torch.randn(2, 7, 32)
+    expected = stock(x)
+    use_fused_attention(stock)
+    assert type(stock) is FusedAttention
+    torch.testing.assert_close(stock(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_image_encoder_is_built_with_it():
+    from lavis_kvmod.models.vision.encoders import build_vision_encoder
+
+    vit = build_vision_encoder("eva_clip_g", geometry=dict(embed_dim=32, depth=1, num_heads=2), load=False)
+    assert type(vit.visual_encoder.blocks[0].attn) is FusedAttention
+
+
+def test_adamw_is_fused_where_it_can_be_and_computes_the_same():
+    cases = {("cuda",): True, ("cpu",): True, ("cuda", "cpu"): True, ("mps",): False}
+    assert {devices: has_fused_adamw(devices, "2.14.1+cu130") for devices in cases} == cases
+    assert has_fused_adamw(["cuda"], "2.0.1") and not has_fused_adamw(["cpu"], "2.3.1")
+    weights = []
+    for make in (adamw, torch.optim.AdamW):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 50))
+        optimizer = make([{"params": [weight], "weight_decay": 0.1}], lr=1e-2)
+        for i in range(5):
+            weight.grad = torch.sin(weight.detach() * (i + 3))
+            optimizer.step()
+        weights.append(weight.detach())
+    assert optimizer.defaults["fused"] is None and torch.allclose(*weights, rtol=0, atol=1e-7)
