@@ -57,7 +57,7 @@ def test_the_pages_name_every_command_and_model_type():
     assert found(r"python -m (lavis\.\w+)") == ["lavis.evaluate", "lavis.train"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = readme.partition("\n| `lavis-kvmod …` | |\n")[2].partition("\n\n")[0]
-    assert sorted(re.findall(r"`(\w+)`(?=[^|]* \| )", table)) == sorted(_COMMANDS)
+    assert sorted(re.findall(r"`([\w-]+)`(?=[^|]* \| )", table)) == sorted(_COMMANDS)
     for name in Blip2OPTKVMod.PRETRAINED_MODEL_CONFIG_DICT:
         assert f"`{name}`" in TEXT
 

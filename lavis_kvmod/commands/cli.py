@@ -16,6 +16,10 @@ _COMMANDS = {
     "params": ("lavis_kvmod.commands.params", "count a model's parameters and bytes by part, without loading it"),
     "memory": ("lavis_kvmod.commands.memory", "the GPU memory a run takes, by batch size, computed without a GPU"),
     "convert": ("lavis_kvmod.commands.convert", "write a checkpoint in another layout: LAVIS's or Hugging Face's"),
+    "cache-features": (
+        "lavis_kvmod.commands.cache_features",
+        "write what the frozen encoders say of a run's images, for all its trainings to read",
+    ),
     "pack": ("lavis_kvmod.commands.pack", "write a run file's data as tar shards (webdataset), or an index for shards"),
     "attend": ("lavis_kvmod.commands.attend", "where the model looks when it answers about an image, as a PNG"),
     "report": ("lavis_kvmod.commands.report", "a run on one page (report.html), or several compared"),

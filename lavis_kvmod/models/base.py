@@ -22,8 +22,9 @@ from lavis_kvmod.models.parts import PartSummary, summarise, train_only
 from lavis_kvmod.models.settings import PREFIX_GATES, ImageSideSettings
 from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB, FrozenFeatureCache, FrozenFeatures
+from lavis_kvmod.models.vision.feature_files import FeatureFiles, fingerprint
 from lavis_kvmod.models.vision.prefix_controls import controlled
-from lavis_kvmod.system.paths import resource
+from lavis_kvmod.system.paths import absolute, resource
 from lavis_kvmod.system.precision import (
     autocast,
     computes_in,
@@ -54,6 +55,7 @@ class KVModBase(Blip2Base):
         freeze_vit: False also trains the ViT and ``ln_vision`` (LAVIS's captioning recipe).
         image_size: side of the input image in pixels, as the ViT was built.
         cache_frozen_features, feature_cache_gib: see `FrozenFeatureCache`.
+        feature_cache_dir: where `FeatureFiles` are read from, once `open_feature_files` is called.
         ln_vision_loaded: whether ``ln_vision``, which has no file of its own, came with the ViT handed in; else a
             checkpoint must hold it.
         prefix_control: see `lavis_kvmod.models.vision.prefix_controls`; may be set anew at any time.
@@ -81,6 +83,7 @@ class KVModBase(Blip2Base):
         image_size: int = 224,
         cache_frozen_features: bool = False,
         feature_cache_gib: float = DEFAULT_GIB,
+        feature_cache_dir: Optional[str] = None,
         ln_vision_loaded: bool = True,
         prefix_control: str = "none",
     ):
@@ -93,7 +96,9 @@ class KVModBase(Blip2Base):
         self.Qformer = qformer
         self.freeze_vit = freeze_vit
         self.image_size = image_size
-        self.feature_cache = FrozenFeatureCache(feature_cache_gib) if cache_frozen_features else None
+        self.feature_cache_dir = feature_cache_dir
+        caches = cache_frozen_features or feature_cache_dir is not None
+        self.feature_cache = FrozenFeatureCache(feature_cache_gib if cache_frozen_features else 0) if caches else None
         self.ln_vision_loaded = ln_vision_loaded
         self.prefix_control = prefix_control
 
@@ -175,6 +180,25 @@ class KVModBase(Blip2Base):
         if surrounding_autocast(self.device.type) is None:  # what is trained then computes in float32
             features = features._replace(visual_tokens=features.visual_tokens.to(self.query_tokens.dtype))
         return controlled(self.prefix_control, features)
+
+    def fingerprint(self) -> Dict[str, str]:
+        """What the frozen encoders' features depend on: see `lavis_kvmod.models.vision.feature_files.fingerprint`."""
+        return fingerprint(
+            self.image_size,
+            None if self.aux_encoder is None else self.aux_encoder.image_size,
+            visual_encoder=self.visual_encoder,
+            ln_vision=self.ln_vision,
+            aux_encoder=self.aux_encoder,
+        )
+
+    def open_feature_files(self) -> None:
+        """Have features read from ``feature_cache_dir``, if one was named; to be called when all weights are loaded.
+
+        Raises:
+            FeatureFilesError: if there are none, or they are of other encoders.
+        """
+        if self.feature_cache is not None and self.feature_cache_dir is not None:
+            self.feature_cache.files = FeatureFiles(absolute(self.feature_cache_dir), self.fingerprint())
 
     def _encode_to_keep(self, image: Tensor) -> FrozenFeatures:
         """In the precision of the tower's weights: autocast adds a half-precision tower's layers up in float32."""
@@ -264,6 +288,7 @@ class KVModBase(Blip2Base):
         finding.require(settings.weight_files())
         model = cls.from_settings(settings)
         loading.load_named_checkpoint(model, settings)
+        model.open_feature_files()
         return model
 
     @classmethod

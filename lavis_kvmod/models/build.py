@@ -41,6 +41,7 @@ class ImageSide(NamedTuple):
             image_size=settings.image_size,
             cache_frozen_features=settings.cache_frozen_features,
             feature_cache_gib=settings.feature_cache_gib,
+            feature_cache_dir=settings.feature_cache_dir,
             prefix_control=settings.prefix_control,
         )
 

@@ -74,6 +74,10 @@ def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -
     model.ln_vision_loaded = True
     if model.feature_cache is not None:
         model.feature_cache.clear()
+        if model.feature_cache.files is not None and not {"visual_encoder.", "ln_vision.", "aux_encoder."} <= set(
+            absent
+        ):
+            model.open_feature_files()  # are they still these encoders'?
     model.after_loading(report)
     of = (
         ("of stage 2, with its opt_proj" if "opt_proj.weight" in state else "of stage 1; opt_proj is new")

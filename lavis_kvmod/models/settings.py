@@ -87,6 +87,9 @@ class ImageSideSettings(Blip2Settings):
         "it is full is encoded each time",
         gt=0,
     )
+    feature_cache_dir: Optional[str] = key(
+        None, "read it from the files that `lavis-kvmod cache-features` wrote here ([performance.md](performance.md))"
+    )
     vit_geometry: Dict[str, Any] = key({}, "overrides of sizes, for small models", expected=_GEOMETRY)
     qformer_geometry: Dict[str, Any] = key({}, "overrides of sizes, for small models", expected=_GEOMETRY)
 
@@ -116,6 +119,8 @@ class ImageSideSettings(Blip2Settings):
             found.append(f"prefix_control: {self.prefix_control} needs kv_modulation: true, there is no prefix")
         if self.cache_frozen_features and not self.freeze_vit:
             found.append("cache_frozen_features: needs freeze_vit: true, a trained ViT's features change")
+        if self.feature_cache_dir and not self.freeze_vit:
+            found.append("feature_cache_dir: needs freeze_vit: true, a trained ViT's features change")
         return found
 
     def checkpoint(self) -> Optional[WeightFile]:

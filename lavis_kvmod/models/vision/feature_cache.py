@@ -1,16 +1,16 @@
 """Remember what the frozen encoders said of an image, so that later epochs skip them."""
 
 import logging
-from typing import Callable, Dict, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["DEFAULT_GIB", "FrozenFeatureCache", "FrozenFeatures"]
+__all__ = ["DEFAULT_GIB", "TOGETHER", "FrozenFeatureCache", "FrozenFeatures"]
 
 # Images are encoded so many at a time, the last ones with copies of one beside them: how kernels round depends on the
 # size of the batch, and a run that is resumed meets an image in other company than one that was not interrupted.
-_TOGETHER = 16
+TOGETHER = 16
 
 # What a process may keep unless it is told: 5,900 images of EVA-CLIP-G at 224 px.
 DEFAULT_GIB = 4.0
@@ -32,14 +32,17 @@ class FrozenFeatureCache:
     resumed fills it with others, and computes the same.
 
     Args:
-        max_gib: how much is kept, in each process; when that is reached, further images are encoded anew each time.
+        max_gib: how much is kept, in each process; when that is reached, further images are encoded anew each time. 0
+            keeps nothing, for a cache that only reads files.
+        files: where to look first (`lavis_kvmod.models.vision.feature_files.FeatureFiles`); may be set later.
     """
 
-    def __init__(self, max_gib: float = DEFAULT_GIB):
+    def __init__(self, max_gib: float = DEFAULT_GIB, files: Any = None):
         self._by_key: Dict[str, FrozenFeatures] = {}
         self._max_gib = max_gib
-        self._bytes_left = max_gib * 2**30
-        self._is_full = False
+        self.files = files
+        self._told_missing = False
+        self._bytes_left, self._is_full = max_gib * 2**30, max_gib == 0
 
     def __call__(
         self,
@@ -48,13 +51,13 @@ class FrozenFeatureCache:
         encode: Callable[[Tensor], FrozenFeatures],
     ) -> FrozenFeatures:
         """Features of ``image`` (b, 3, H, W), encoding only the images whose key is new."""
-        new: Dict[str, int] = {k: i for i, k in enumerate(keys) if k not in self._by_key}
+        not_kept = self._from_files(keys)
+        new: Dict[str, int] = {k: i for i, k in enumerate(keys) if k not in self._by_key and k not in not_kept}
         todo = list(new.items())
-        not_kept: Dict[str, FrozenFeatures] = {}
-        for start in range(0, len(todo), _TOGETHER):
-            some = todo[start : start + _TOGETHER]
+        for start in range(0, len(todo), TOGETHER):
+            some = todo[start : start + TOGETHER]
             rows = [row for _, row in some]
-            encoded = encode(image[rows + rows[:1] * (_TOGETHER - len(rows))])
+            encoded = encode(image[rows + rows[:1] * (TOGETHER - len(rows))])
             pooled = encoded.pooled
             for row, (key, _) in enumerate(some):
                 own = FrozenFeatures(
@@ -65,6 +68,20 @@ class FrozenFeatureCache:
         visual_tokens = torch.stack([one.visual_tokens for one in found]).to(image.device)
         all_pooled = [one.pooled for one in found if one.pooled is not None]
         return FrozenFeatures(visual_tokens, torch.stack(all_pooled).to(image.device) if all_pooled else None)
+
+    def _from_files(self, keys: Sequence[str]) -> Dict[str, FrozenFeatures]:
+        if self.files is None:
+            return {}
+        found = {key: self.files.get(key) for key in set(keys)}
+        missing = [key for key, features in found.items() if features is None]
+        if missing and not self._told_missing:
+            self._told_missing = True
+            logging.warning(
+                "%s has no features of some images, such as %s: they are encoded; lavis-kvmod cache-features --splits "
+                "writes those of other splits",
+                *(self.files.folder, missing[0]),
+            )
+        return {key: features for key, features in found.items() if features is not None}
 
     def _has_room_for(self, features: FrozenFeatures) -> bool:
         needed = sum(part.numel() * part.element_size() for part in features if part is not None)
@@ -81,7 +98,7 @@ class FrozenFeatureCache:
     def clear(self) -> None:
         """Forget everything: the encoders' weights have changed."""
         self._by_key.clear()
-        self._bytes_left, self._is_full = self._max_gib * 2**30, False
+        self._bytes_left, self._is_full = self._max_gib * 2**30, self._max_gib == 0
 
 
 def _kept(part: Tensor) -> Tensor:
