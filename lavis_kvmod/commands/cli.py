@@ -23,6 +23,8 @@ _COMMANDS = {
     "pack": ("lavis_kvmod.commands.pack", "write a run file's data as tar shards (webdataset), or an index for shards"),
     "attend": ("lavis_kvmod.commands.attend", "where the model looks when it answers about an image, as a PNG"),
     "report": ("lavis_kvmod.commands.report", "a run on one page (report.html), or several compared"),
+    "embed": ("lavis_kvmod.commands.embed", "write features of a split's images and texts, by a stage-1 model"),
+    "search": ("lavis_kvmod.commands.search", "find images for a text among such features"),
     "demo": (
         "lavis_kvmod.commands.demo",
         "train on scanned digits with and without KV modulation, and compare (CPU, minutes)",

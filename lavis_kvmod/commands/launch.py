@@ -22,7 +22,7 @@ from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.weights.files import CheckpointError
 
 # What the user can mend: told without a traceback.
-_TOLD = (ConfigurationError, CheckpointError, BadDataError, RunFolderError, FileNotFoundError, FloatingPointError)
+TOLD = (ConfigurationError, CheckpointError, BadDataError, RunFolderError, FileNotFoundError, FloatingPointError)
 
 # Errors of a system that has no room left to write to.
 _NO_ROOM = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
@@ -113,7 +113,7 @@ def run_command(command: Callable[[str, List[str]], object], description: str, a
         # Under torchrun, what fails is written where torchrun finds it, and tells it with rank and traceback.
         with leaves_group():
             record(command)(args.cfg_path, args.options)
-    except _TOLD as error:
+    except TOLD as error:
         print(f"error: {_message(error)}", file=sys.stderr)
         return 2
     except OSError as error:  # beside checkpoints, whose errors say more: a log, predictions

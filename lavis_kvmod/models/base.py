@@ -69,8 +69,9 @@ class KVModBase(Blip2Base):
     settings_class: ClassVar[Type[ImageSideSettings]] = ImageSideSettings
     # The parts behind the Q-Former, in the figure's order, and whether they are trained.
     behind_qformer: ClassVar[Mapping[str, bool]] = {}
-    # What else a checkpoint of a training holds, though no gradient reaches it; a checkpoint of others may lack it.
+    # What else a checkpoint of a training holds, though no gradient reaches it; what of it a checkpoint may lack.
     kept_in_training: ClassVar[Tuple[str, ...]] = ()
+    of_this_training: ClassVar[Tuple[str, ...]] = ()
 
     def __init__(
         self,

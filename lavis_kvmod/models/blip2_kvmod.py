@@ -100,8 +100,18 @@ class Blip2KVMod(KVModBase):
     PRETRAINED_MODEL_CONFIG_DICT = model_type_files("blip2_kvmod", "pretrain", "coco", "demo")
     default_model_type = "pretrain"
     settings_class = Stage1Settings
-    # ln_vision too: where a run starts from BERT, no other file has the one that was trained with.
-    kept_in_training = ("momentum.", "queue.", "ln_vision.")
+    of_this_training = ("momentum.", "queue.")
+    # ln_vision: where a run starts from BERT, no other file has the one that was trained with. The heads: an objective
+    # that is off trains none.
+    kept_in_training = (
+        *of_this_training,
+        "ln_vision.",
+        "itm_head.",
+        "Qformer.cls.",
+        "vision_proj.",
+        "text_proj.",
+        "temp",
+    )
     behind_qformer = {"vision_proj": True, "text_proj": True, "itm_head": True, "temp": True}
 
     def __init__(
@@ -135,6 +145,7 @@ class Blip2KVMod(KVModBase):
         self.momentum: Optional[MomentumWeights] = None
         self.queue: Optional[FeatureQueue] = None
         self._freeze()
+        self._freeze_heads()
         if momentum_queue:
             self.momentum = MomentumWeights(self._followed(), momentum_rate)
             self.queue = FeatureQueue(momentum_queue, self.query_tokens.shape[1], embed_dim)
@@ -143,6 +154,15 @@ class Blip2KVMod(KVModBase):
     def from_settings(cls, settings: Stage1Settings, load: bool = True) -> "Blip2KVMod":
         """The parts that the settings describe, put together; frozen towers with their weights if ``load``."""
         return cls(**build.stage_1_arguments(settings, load=load))
+
+    def _freeze_heads(self) -> None:
+        """Those of objectives that are off: several processes would wait for their gradients."""
+        on, words = self.objectives, self.Qformer.bert.embeddings.word_embeddings.weight
+        idle = [] if on["itc"] else [self.temp, *self.vision_proj.parameters(), *self.text_proj.parameters()]
+        idle += [] if on["itm"] else self.itm_head.parameters()
+        idle += [] if on["itg"] or on["mlm"] else self.Qformer.cls.parameters()
+        for parameter in idle:
+            parameter.requires_grad_(parameter is words)  # which the texts are read with, too
 
     def _followed(self) -> Dict[str, object]:
         return {name: getattr(self, name) for name in _FOLLOWED}

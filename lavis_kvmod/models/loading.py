@@ -58,8 +58,7 @@ def load_named_checkpoint(model: "KVModBase", settings: ImageSideSettings) -> No
 def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -> LoadReport:
     """`load_checkpoint`, of what was read from ``source``."""
     state = _at_image_size(model, _within_vocabulary(model, state))
-    groups = ["visual_encoder.", "aux_encoder.", "kv_", *model.kept_in_training]
-    groups = [group for group in groups if group != "ln_vision."]
+    groups = ["visual_encoder.", "aux_encoder.", "kv_", *model.of_this_training]
     groups += [f"{part}." for part, is_trained in model.behind_qformer.items() if not is_trained]
     if model.ln_vision_loaded:
         groups.append("ln_vision.")

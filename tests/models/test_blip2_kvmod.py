@@ -78,6 +78,7 @@ def test_each_objective_can_be_turned_off(stock, samples, off):
     expected, _ = run(stock, samples)
     name = {"itc": "loss_itc", "itm": "loss_itm", "itg": "loss_lm"}[off]
     assert getattr(output, name) is None
+    assert not [n for n, p in ours.named_parameters() if p.requires_grad and p.grad is None and "key.bias" not in n]
     assert output["loss"].item() == pytest.approx((expected["loss"] - expected[name]).item(), abs=1e-5)
 
 

@@ -1,13 +1,17 @@
 """Retrieval: the same scores as LAVIS's compute_sim_matrix, with the best alone kept and in blocks."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
+from omegaconf import OmegaConf
 from small_vit import SIZE
 from stage_1 import make_stock, make_tokenizer, ours_like
 
+from lavis_kvmod.commands.train import train
+from lavis_kvmod.models.settings import Stage1Settings
 from lavis_kvmod.tasks import retrieval, retrieval_scores
 from lavis_kvmod.tasks.retrieval_scores import Best, recall
 
@@ -83,3 +87,29 @@ def test_the_best_of_many_blocks_are_the_best_of_all():
 def test_recall_counts_any_right_candidate_and_asks_no_row_without_one():
     found = Best(torch.zeros(3, 3), torch.tensor([[4, 2, 0], [1, 3, 2], [0, 1, 2]]))
     assert recall(found, [{0, 9}, {3}, set()], (1, 2, 3)) == [0.0, 50.0, 100.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["coco_retrieval", "flickr30k"])
+def test_lavis_own_sets_are_evaluated(benchmarks, model_config, tmp_path, name):
+    """LAVIS's builders, files and lists, in our task and runner."""
+    sizes = {key: value for key, value in model_config().items() if key in Stage1Settings.model_fields}
+    sizes.update(arch="blip2_kvmod", bert_model="demo", from_bert=False, finetuned=None, pretrained=None)
+    annotations = benchmarks / "coco/annotations"
+    files = {split: str(annotations / f"coco_karpathy_{split}.json") for split in ("train", "val", "test")}
+    build = {
+        "images": {"storage": str(benchmarks / "coco/images")},
+        "annotations": {split: {"storage": path} for split, path in files.items()},
+    }
+    processors = {mode: {"name": "blip_image_eval", "image_size": SIZE} for mode in ("train", "eval")}
+    run = {"task": "kvmod_retrieval", "device": "cpu", "num_workers": 0, "batch_size_train": 2, "batch_size_eval": 2}
+    run.update(max_epoch=1, k_test=16, train_splits=["train"], test_splits=["test"], output_dir=str(tmp_path / "out"))
+    config = {
+        "model": {**{k: str(v) if isinstance(v, Path) else v for k, v in sizes.items()}, "load_finetuned": False},
+        "datasets": {name: {"build_info": build, "vis_processor": processors}},
+        "run": run,
+    }
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "run.yaml")
+    metrics = train(str(tmp_path / "run.yaml"))["test"]
+    assert {"txt_r1", "img_r10", "itc_txt_r1", "r_mean", "agg_metrics"} <= set(metrics)
+    assert metrics["txt_r10"] == metrics["img_r10"] == 100  # a handful of photographs

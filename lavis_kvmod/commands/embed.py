@@ -1,0 +1,134 @@
+"""``lavis-kvmod embed``: the features of a split's images and texts, by a stage-1 model, in a file."""
+
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
+
+import torch
+
+from lavis_kvmod.commands.launch import TOLD, seed_everything, set_up_logging
+from lavis_kvmod.config.loading import KVModConfig, load_config
+from lavis_kvmod.datasets.bad_samples import BadDataError
+from lavis_kvmod.datasets.cells import said
+from lavis_kvmod.system.precision import amp_dtype
+from lavis_kvmod.system.progress import Progress
+from lavis_kvmod.tasks.embedding import Features, embed_images, embed_texts, write_features
+
+ARCHS = ("blip2_kvmod", "blip2_kvmod_feature_extractor", "blip2_kvmod_image_text_matching")
+
+
+class Loaded(NamedTuple):
+    """A run file's model, on its device and ready to evaluate, and its data sets by split."""
+
+    cfg: KVModConfig
+    model: Any
+    datasets: Dict[str, Any]
+
+    def autocast(self) -> Any:
+        """The precision that the run file asks for."""
+        device = torch.device(self.cfg.run_cfg.device).type
+        dtype = amp_dtype(self.cfg.run_cfg.get("amp", False), device)
+        return contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
+
+
+def load(cfg_path: str, options: Sequence[str], split: str) -> Loaded:
+    """A stage-1 model and one split of its run file's data.
+
+    Raises:
+        ConfigurationError, CheckpointError, BadDataError: as a run of it would.
+    """
+    from lavis import tasks
+
+    cfg = load_config(cfg_path, [*options, "run.evaluate=true", "run.valid_splits=[]", f"run.test_splits=[{split}]"])
+    if cfg.model_cfg.arch not in ARCHS:
+        raise BadDataError(f"model.arch: expected {ARCHS[0]}, which knows images and texts; got {cfg.model_cfg.arch}")
+    seed_everything(cfg.run_cfg.seed)
+    task = tasks.setup_task(cfg)
+    datasets = {s: d for splits in task.build_datasets(cfg).values() for s, d in splits.items()}
+    model = task.build_model(cfg)
+    device = torch.device(cfg.run_cfg.device)
+    model = (model.float() if device.type == "cpu" else model).to(device).eval()
+    return Loaded(cfg, model, datasets)
+
+
+def image_names(dataset: Any) -> List[str]:
+    """What a data set's images are called, sample by sample.
+
+    Raises:
+        BadDataError: for one that is read as a stream.
+    """
+    if getattr(dataset, "image", None):
+        return [str(name) for name in dataset.image]
+    if not len(getattr(dataset, "annotation", ())):
+        raise BadDataError(f"embed takes data sets with a list of annotations, got {type(dataset).__name__}")
+    return [str(row.get("image_name") or row.get("image") or row["image_id"]) for row in dataset.annotation]
+
+
+def texts_of(dataset: Any) -> List[str]:
+    """A data set's texts, each once: those to be found, else its captions."""
+    if hasattr(dataset, "text"):
+        return list(dataset.text)
+    told = [said(row, "caption") or () for row in dataset.annotation]
+    texts = [text for texts in told for text in ([texts] if isinstance(texts, str) else texts)]
+    return list(dict.fromkeys(map(dataset.text_processor, texts)))
+
+
+def picture_of(dataset: Any, number: int) -> Any:
+    """The picture of a sample, as it is."""
+    from lavis_kvmod.datasets.images import read_image
+
+    row = dataset.annotation[number]
+    if hasattr(dataset, "picture"):
+        return dataset.picture(row)
+    return read_image(os.path.join(getattr(dataset, "vis_root", None) or "", row["image"]))
+
+
+def _batches(loaded: Loaded, dataset: Any) -> Iterator[Dict[str, Any]]:
+    run, device = loaded.cfg.run_cfg, loaded.model.device
+    loader = torch.utils.data.DataLoader(
+        dataset, int(run.batch_size_eval), num_workers=int(run.num_workers), collate_fn=dataset.collater
+    )
+    for samples in Progress(loader, "embedding"):
+        yield {**samples, "image": samples["image"].to(device)}
+
+
+def embed(cfg_path: str, split: str, out: str, options: Sequence[str] = ()) -> Features:
+    """Write a split's features to ``out``.
+
+    Raises:
+        ConfigurationError, CheckpointError, BadDataError, ValueError: see `load` and `write_features`.
+    """
+    loaded = load(cfg_path, options, split)
+    dataset = loaded.datasets[split]
+    names, texts = image_names(dataset), texts_of(dataset)
+    with loaded.autocast():
+        of_images = embed_images(loaded.model, _batches(loaded, dataset))
+        of_texts = embed_texts(loaded.model, texts)
+    model = loaded.cfg.model_cfg
+    about = {"split": split, "checkpoint": str((model.finetuned if model.load_finetuned else model.pretrained) or "")}
+    features = Features(names, of_images, texts, of_texts, about)
+    write_features(Path(out).expanduser(), features)
+    return features
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("--cfg-path", required=True, metavar="YAML", help="run file with a stage-1 model and the data")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the run file")
+    parser.add_argument("--split", default="test", metavar="NAME", help="which split (default: test)")
+    parser.add_argument("--out", required=True, metavar="FILE", help="where to: a .parquet or .safetensors file")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command, and return its exit status."""
+    set_up_logging()
+    try:
+        features = embed(args.cfg_path, args.split, args.out, args.options)
+    except (*TOLD, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {len(features.images)} images, {len(features.texts)} texts")
+    return 0

@@ -1,0 +1,106 @@
+"""``lavis-kvmod embed`` and ``search``: a user's own photographs, found by a text."""
+
+import csv
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import skimage.data
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from lavis_kvmod.commands import cli
+from lavis_kvmod.models.settings import Stage1Settings
+from lavis_kvmod.tasks import embedding
+from lavis_kvmod.tasks.embedding import Features, read_features
+from lavis_kvmod.tasks.retrieval_scores import similarity
+
+ROWS = [
+    ("astronaut.png", "a red seven on pink paper"),
+    ("chelsea.png", "a blue one on sky paper"),
+    ("chelsea.png", "a grey two on white paper"),
+    ("coffee.png", "a blue one on sky paper"),  # as the cat's
+    ("rocket.jpg", "a green nine on yellow paper"),
+]
+
+
+@pytest.fixture()
+def run_file(model_config, tmp_path, monkeypatch):
+    """A stage-1 model from random weights, and `custom_retrieval` over a table."""
+    monkeypatch.chdir(tmp_path)
+    with open("test.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *ROWS])
+    sizes = {key: value for key, value in model_config().items() if key in Stage1Settings.model_fields}
+    sizes.update(arch="blip2_kvmod", model_type="pretrain", bert_model="demo", from_bert=False)
+    sizes.update(pretrained=None, finetuned=None, load_finetuned=False)
+    size = {mode: {"name": "blip_image_eval", "image_size": 28} for mode in ("train", "eval")}
+    build = {"images": {"storage": str(Path(skimage.data.__file__).parent)}, "annotations": {"test": "test.csv"}}
+    run = {"task": "kvmod_retrieval", "device": "cpu", "num_workers": 0, "batch_size_eval": 3, "test_splits": ["test"]}
+    config = {
+        "model": {key: str(value) if isinstance(value, Path) else value for key, value in sizes.items()},
+        "datasets": {"custom_retrieval": {"build_info": build, "vis_processor": size}},
+        "run": {**run, "k_test": 2, "output_dir": str(tmp_path / "output")},
+    }
+    OmegaConf.save(OmegaConf.create(config), "run.yaml")
+    return "run.yaml"
+
+
+def test_photographs_are_embedded_and_found(run_file, capsys):
+    for kind in ("parquet", "safetensors"):
+        assert cli.main(["embed", "--cfg-path", run_file, "--out", f"features.{kind}"]) == 0
+    assert "features.parquet: 4 images, 4 texts" in capsys.readouterr().out
+    made, again = (read_features(Path(f"features.{kind}")) for kind in ("parquet", "safetensors"))
+    assert made.images == ["astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"] and made.texts == again.texts
+    assert torch.equal(made.image_features, again.image_features) and made.about["split"] == "test"
+
+    texts = ["a blue one on sky paper", "a red seven on pink paper"]
+    command = ["search", "features.parquet", *texts, "--cfg-path", run_file, "--top", "3"]
+    assert cli.main([*command, "--sheet", "found.png"]) == 0
+    screen = capsys.readouterr().out
+    wanted = torch.stack([made.text_features[made.texts.index(text)] for text in texts])
+    scores = similarity(made.image_features, wanted).t()
+    order = [made.images[i] for row in scores.argsort(dim=1, descending=True)[:, :3].tolist() for i in row]
+    assert [line.split()[1] for line in screen.splitlines() if line.startswith("  ")] == order
+    with Image.open("found.png") as sheet:
+        assert sheet.width > 3 * 128 and len(sheet.convert("RGB").getcolors(1_000_000)) > 1000
+    assert cli.main([*command, "--sheet", "found.html"]) == 0
+    assert Path("found.html").read_text().count("data:image/png;base64") == 6
+
+
+def test_what_cannot_be_searched_is_told(run_file, tmp_path, capsys):
+    assert cli.main(["search", "features.parquet", "a", "--cfg-path", run_file]) == 2
+    assert "no file of features features.parquet; lavis-kvmod embed writes one" in capsys.readouterr().err
+    for kind in ("parquet", "safetensors"):
+        (tmp_path / f"other.{kind}").write_bytes(b"something else")
+        assert cli.main(["search", f"other.{kind}", "a", "--cfg-path", run_file]) == 2
+        assert "expected features of lavis-kvmod embed, got another file" in capsys.readouterr().err
+    assert cli.main(["embed", "--cfg-path", run_file, "--out", "features.txt"]) == 2
+    assert "expected a name that ends in .parquet or .safetensors" in capsys.readouterr().err
+
+
+class ExactIndex:
+    """What FAISS's IndexFlatIP does, where FAISS is not installed."""
+
+    def __init__(self, width):
+        self.vectors = None
+
+    def add(self, vectors):
+        self.vectors = torch.from_numpy(vectors)
+
+    def search(self, wanted, count):
+        best = (torch.from_numpy(wanted) @ self.vectors.t()).topk(count, dim=1)
+        return best.values.numpy(), best.indices.numpy()
+
+
+@pytest.mark.parametrize("with_faiss", [False, True])
+def test_search_is_exact(monkeypatch, with_faiss):
+    monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace(IndexFlatIP=ExactIndex) if with_faiss else None)
+    monkeypatch.setattr(embedding, "_IMAGES_AT_ONCE", 7)
+    torch.manual_seed(0)
+    images = torch.nn.functional.normalize(torch.randn(40, 5, 8), dim=-1)
+    wanted = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
+    best = embedding.search(Features([str(i) for i in range(40)], images, [], wanted, {}), wanted, 6)
+    expected = similarity(images, wanted).t().topk(6, dim=1)
+    assert torch.equal(best.numbers, expected.indices) and torch.allclose(best.scores, expected.values)
