@@ -206,6 +206,11 @@ def _whole_stock_model(tensors: Dict[str, LazyTensor], source: str) -> Dict[str,
             f"{source} has a KV prefix, and Hugging Face's BLIP-2 has no place for one; with --drop-prefix the rest "
             f"is written, a model that answers differently\n{listing('tensors', prefix)}"
         )
+    if not _behind_qformer(tensors):
+        raise CheckpointError(
+            f"{source} has another connector than the Q-Former, and Hugging Face's BLIP-2 has a place for no other; a "
+            ".pth or .safetensors holds it"
+        )
     parts = {name.split(".")[0] for name in tensors}
     lacking = [f"  - {part}: give {remedy}" for part, remedy in _REMEDIES.items() if part not in parts]
     if lacking:
@@ -217,6 +222,17 @@ def _whole_stock_model(tensors: Dict[str, LazyTensor], source: str) -> Dict[str,
     if head is not None and head.data != embedding.data and _digest(head) == _digest(embedding):
         tensors = {**tensors, hf_names.LM_HEAD: embedding}
     return tensors
+
+
+def _behind_qformer(tensors: Dict[str, LazyTensor]) -> bool:
+    """Whether nothing in these tensors speaks of another connector (which `linear` does by its projection alone)."""
+    connector = [name for name in tensors if name.startswith("Qformer.")]
+    if any(not name.startswith(("Qformer.bert.", "Qformer.cls.")) for name in connector):
+        return False
+    projection, queries = tensors.get("opt_proj.weight"), tensors.get("query_tokens")
+    if projection is None:
+        return True
+    return bool(connector) if queries is None else projection.shape[1] == queries.shape[-1]
 
 
 def _digest(tensor: LazyTensor) -> bytes:

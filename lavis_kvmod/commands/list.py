@@ -87,7 +87,7 @@ def _auxiliary(pattern: Optional[str]) -> List[Named]:
 def _connectors(pattern: Optional[str]) -> List[Named]:
     from lavis_kvmod.models.connectors import CONNECTORS
 
-    return _of_registry(CONNECTORS, pattern, CONNECTORS.__getitem__)
+    return _of_registry(CONNECTORS, pattern, lambda name: CONNECTORS[name].build)
 
 
 def _metrics(pattern: Optional[str]) -> List[Named]:
@@ -117,7 +117,7 @@ SECTIONS: Dict[str, Section] = {
     "models": Section("models and their types", "model.arch, model.model_type", _model_types),
     "image-encoders": Section("image encoders", "model.vit_model", _image_encoders),
     "auxiliary": Section("auxiliary encoders", "model.aux_encoder", _auxiliary),
-    "connectors": Section("connectors", "from visual tokens to the soft prompt", _connectors),
+    "connectors": Section("connectors", "model.connector", _connectors),
     "tasks": Section("tasks", "run.task", _registered("task")),
     "builders": Section("data sets", "datasets", _registered("builder")),
     "metrics": Section("metrics", "docs/metrics.md", _metrics),

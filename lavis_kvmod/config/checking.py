@@ -190,9 +190,13 @@ def too_long_problems(cfg: "KVModConfig") -> List[str]:
     task, also_wrong = declared.check(cfg.run_cfg)
     if wrong or also_wrong:  # told by themselves
         return []
+    soft_prompt = model.num_soft_prompt()
+    if soft_prompt is None:  # told when the model is built
+        return []
     return length_problems(
         opt_model=model.opt_model,
-        num_query_token=model.num_query_token,
+        soft_prompt=soft_prompt,
+        told_by=f"connector: {model.connector}" if model.connector_kind.one_a_token else "num_query_token",
         max_txt_len=model.max_txt_len,
         max_len=task.max_len,
         prompt=None if isinstance(task, VQASettings) else model.prompt,

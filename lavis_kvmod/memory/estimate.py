@@ -155,7 +155,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _check_length(model: Blip2OPTKVMod, text_length: int) -> None:
     positions = model.opt_model.config.max_position_embeddings
-    needed = model.query_tokens.shape[1] + text_length
+    needed = model.num_soft_prompt + text_length
     if needed > positions:
         raise ValueError(
             f"expected at most {positions} positions, as the language model has, got {needed}: "

@@ -7,7 +7,7 @@ A member adds what stands behind the Q-Former, and its losses.
 """
 
 import contextlib
-from typing import Any, ClassVar, ContextManager, Dict, List, Mapping, Optional, Tuple, Type
+from typing import Any, ClassVar, ContextManager, Dict, List, Mapping, Optional, Tuple, Type, cast
 
 import torch
 from lavis.models.blip2_models.blip2 import Blip2Base
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lavis_kvmod.models import loading
 from lavis_kvmod.models.connectors.kv_prefix import KVPrefix, KVPrefixGenerator, prefix_of_each_layer
-from lavis_kvmod.models.connectors.qformer import QFormer
+from lavis_kvmod.models.connectors.registry import Connector
 from lavis_kvmod.models.empty import empty_weights
 from lavis_kvmod.models.optimizer_groups import optimizer_groups
 from lavis_kvmod.models.parts import PartSummary, summarise, train_only
@@ -50,8 +50,8 @@ class KVModBase(Blip2Base):
     Args:
         visual_encoder: ViT, (b, 3, H, H) -> (b, n, width).
         ln_vision: the LayerNorm BLIP-2 puts behind it.
-        qformer: Q-Former over visual tokens of that width.
-        num_query_token: how many query tokens.
+        qformer: connector over visual tokens of that width: the Q-Former, or what stands in its place.
+        num_query_token: how many query tokens, where the connector reads any.
         freeze_vit: False also trains the ViT and ``ln_vision`` (LAVIS's captioning recipe).
         image_size: side of the input image in pixels, as the ViT was built.
         cache_frozen_features, feature_cache_gib: see `FrozenFeatureCache`.
@@ -78,7 +78,7 @@ class KVModBase(Blip2Base):
         *,
         visual_encoder: nn.Module,
         ln_vision: nn.Module,
-        qformer: QFormer,
+        qformer: Connector,
         num_query_token: int,
         freeze_vit: bool = True,
         image_size: int = 224,
@@ -90,8 +90,12 @@ class KVModBase(Blip2Base):
     ):
         super().__init__()
         # Names and order as in LAVIS's models: they are the names in its checkpoints.
-        self.query_tokens = nn.Parameter(torch.empty(1, num_query_token, qformer.hidden_size))
-        nn.init.normal_(self.query_tokens, std=0.02)
+        self.query_tokens: Any = None  # (1, q, hidden); stage 1's Q-Former has always some
+        if getattr(qformer, "reads_queries", True):
+            self.query_tokens = nn.Parameter(torch.empty(1, num_query_token, qformer.hidden_size))
+            nn.init.normal_(self.query_tokens, std=0.02)
+        # What the connector makes of an image.
+        self.num_outputs: int = getattr(qformer, "num_outputs", num_query_token)
         self.visual_encoder = visual_encoder
         self.ln_vision = ln_vision
         self.Qformer = qformer
@@ -104,14 +108,18 @@ class KVModBase(Blip2Base):
         self.prefix_control = prefix_control
 
     def _add_prefix(
-        self, kv_prefix: Optional[KVPrefixGenerator], aux_encoder: Optional[AuxiliaryEncoder], prefix_gate: str
+        self,
+        kv_prefix: Optional[KVPrefixGenerator],
+        aux_encoder: Optional[AuxiliaryEncoder],
+        prefix_gate: str,
+        aux_tokens: Optional[nn.Module] = None,
     ) -> None:
-        """Add the prefix's generator, the encoder it reads, and the gates.
+        """Add the prefix's generator, or what makes tokens in its place, the encoder it reads, and the gates.
 
         Raises:
             ValueError: for an unknown ``prefix_gate``, or a prefix without its encoder.
         """
-        if (kv_prefix is None) != (aux_encoder is None):
+        if (kv_prefix is None and aux_tokens is None) != (aux_encoder is None):
             raise ValueError("kv_prefix and aux_encoder belong together: give both or neither")
         if prefix_gate not in PREFIX_GATES:
             raise ValueError(f"prefix_gate: expected one of {PREFIX_GATES}, got {prefix_gate!r}")
@@ -150,7 +158,8 @@ class KVModBase(Blip2Base):
         """The model's parts in the figure's order: see `PartSummary`."""
         order = ["visual_encoder", "ln_vision", "aux_encoder", "kv_prefix", "kv_gate", "query_tokens", "Qformer"]
         order += self.behind_qformer
-        return [summarise(name, getattr(self, name)) for name in order if getattr(self, name) is not None]
+        found = [summarise(name, getattr(self, name)) for name in order if getattr(self, name) is not None]
+        return [row for row in found if row.parameters]  # a connector may be nothing but the projection behind it
 
     def get_optimizer_params(
         self, weight_decay: float, lr_scale: float = 1.0, kv_lr_scale: float = 1.0
@@ -179,7 +188,9 @@ class KVModBase(Blip2Base):
         else:
             features = self.feature_cache(keys, image, self._encode_to_keep)
         if surrounding_autocast(self.device.type) is None:  # what is trained then computes in float32
-            features = features._replace(visual_tokens=features.visual_tokens.to(self.query_tokens.dtype))
+            features = features._replace(
+                visual_tokens=features.visual_tokens.to(cast(Tensor, self.ln_vision.weight).dtype)
+            )
         return controlled(self.prefix_control, features)
 
     def fingerprint(self) -> Dict[str, str]:
@@ -214,6 +225,10 @@ class KVModBase(Blip2Base):
             pooled = None if self.aux_encoder is None else self.aux_encoder(image)
         return FrozenFeatures(visual_tokens, pooled)
 
+    def queries(self, rows: int) -> Optional[Tensor]:
+        """The query tokens for each of ``rows`` images (rows, q, hidden); None where the connector reads none."""
+        return None if self.query_tokens is None else self.query_tokens.expand(rows, -1, -1)
+
     def prefixes(self, pooled: Optional[Tensor]) -> Optional[List[KVPrefix]]:
         """Pooled features (b, f) -> one prefix for each cross-attention layer, or None without KV modulation."""
         if self.kv_prefix is None or pooled is None:
@@ -240,7 +255,7 @@ class KVModBase(Blip2Base):
     @property
     def device(self) -> torch.device:
         """Where the model is. (LAVIS lists all parameters to say so.)"""
-        return self.query_tokens.device
+        return cast(Tensor, self.ln_vision.weight).device
 
     def autocast_for(self, part: nn.Module) -> ContextManager[None]:
         """The context that a part computes in: see `computes_in`. A surrounding autocast (the run's) stays in force."""

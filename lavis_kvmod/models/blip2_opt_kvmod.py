@@ -3,9 +3,12 @@
     image ─► EVA-CLIP-G ─► ln_vision ─► visual tokens ─┐
       └────► EfficientNet ─► pooled ─► KV prefix ──────┴─► Q-Former ─► opt_proj ─► soft prompt ─► OPT
 
+In the Q-Former's place may stand another connector (docs/connectors.md); where one attends to nothing, `AuxTokens` puts
+the second encoder's features in front of the soft prompt.
+
 `encode` is that figure; ``forward``, ``generate``, ``predict_answers`` and ``extract_features`` all stand on it. They
 take and give what LAVIS's ``blip2_opt`` does (``lavis/models/blip2_models/blip2_opt.py``, and LAVIS main for
-``predict_answers``). Without KV modulation the model equals stock BLIP-2.
+``predict_answers``). Without KV modulation the Q-Former's model equals stock BLIP-2.
 """
 
 from typing import Any, Dict, List, NamedTuple, Optional, Union
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 
 from lavis_kvmod.models import attention_maps, build
 from lavis_kvmod.models.base import SoftPromptModel, model_type_files
+from lavis_kvmod.models.connectors.aux_tokens import AuxTokens
 from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
 from lavis_kvmod.models.connectors.qformer import QFormerOutput
 from lavis_kvmod.models.language.answers import answers_of, mean_loss
@@ -53,6 +57,7 @@ class Blip2OPTKVMod(SoftPromptModel):
     Args:
         opt_model, opt_tokenizer: the frozen language model (the tokenizer may be None in a model only to be counted).
         kv_prefix, aux_encoder: prefix generator and the encoder it reads; both None for stock BLIP-2.
+        aux_tokens: in the generator's place, the encoder's features as tokens.
         prefix_gate: ``none`` concatenates the prefix, ``tanh`` adds it behind a gate that starts at 0.
         prompt: put in front of captions; with ``{}``, the frame of a question.
         max_txt_len: most tokens of a caption, or of a prompt with its question.
@@ -69,7 +74,7 @@ class Blip2OPTKVMod(SoftPromptModel):
     )
     default_model_type = "pretrain_opt2.7b"
     settings_class = ModelSettings
-    behind_qformer = {"opt_proj": True, "opt_model": False}
+    behind_qformer = {"opt_proj": True, "aux_tokens": True, "opt_model": False}
 
     def __init__(
         self,
@@ -78,6 +83,7 @@ class Blip2OPTKVMod(SoftPromptModel):
         opt_tokenizer: Any,
         kv_prefix: Optional[KVPrefixGenerator] = None,
         aux_encoder: Optional[AuxiliaryEncoder] = None,
+        aux_tokens: Optional[AuxTokens] = None,
         prefix_gate: str = "none",
         prompt: str = "",
         max_txt_len: int = 32,
@@ -90,7 +96,8 @@ class Blip2OPTKVMod(SoftPromptModel):
         super().__init__(**image_side)
         self.opt_model = opt_model
         self.opt_proj = nn.Linear(self.Qformer.hidden_size, opt_model.config.word_embed_proj_dim)
-        self._add_prefix(kv_prefix, aux_encoder, prefix_gate)
+        self.aux_tokens = aux_tokens
+        self._add_prefix(kv_prefix, aux_encoder, prefix_gate, aux_tokens)
         self.opt_tokenizer = opt_tokenizer
         if opt_tokenizer is not None:  # None only in a model that is there to be counted
             self.eos_token_id = opt_tokenizer("\n", add_special_tokens=False).input_ids[0]
@@ -110,19 +117,27 @@ class Blip2OPTKVMod(SoftPromptModel):
     def encode(self, samples: Dict[str, Any], output_attentions: bool = False, with_prefix: bool = True) -> Encoded:
         """The figure above: ``samples["image"]`` (b, 3, H, H) -> soft prompt (b, q, opt width).
 
-        ``with_prefix`` False takes the prefix away from a model that was trained with it.
+        ``with_prefix`` False takes the prefix (or its tokens) away from a model that was trained with it.
 
         Raises:
             ValueError: if the images have another shape than the ViT was built for.
         """
         features = self.frozen_features(samples)
         query_output = self.Qformer(
-            query_embeds=self.query_tokens.expand(len(features.visual_tokens), -1, -1),
+            query_embeds=self.queries(len(features.visual_tokens)),
             encoder_hidden_states=features.visual_tokens,
             prefix=self.prefixes(features.pooled) if with_prefix else None,
             output_attentions=output_attentions,
         )
-        return Encoded(query_output, self.opt_proj(query_output.last_hidden_state))
+        soft_prompt = self.opt_proj(query_output.last_hidden_state)
+        if self.aux_tokens is not None and with_prefix:
+            soft_prompt = torch.cat([self.aux_tokens(features.pooled), soft_prompt], dim=1)
+        return Encoded(query_output, soft_prompt)
+
+    @property
+    def num_soft_prompt(self) -> int:
+        """How many vectors stand before the text."""
+        return self.num_outputs + (0 if self.aux_tokens is None else self.aux_tokens.num_tokens)
 
     # ------------------------------------------------------------ loss
 

@@ -4,6 +4,7 @@ import logging
 from typing import Any, Dict, NamedTuple, Optional
 
 from lavis_kvmod.models.connectors import CONNECTORS, ConnectorSizes
+from lavis_kvmod.models.connectors.aux_tokens import AuxTokens
 from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
 from lavis_kvmod.models.connectors.registry import Connector
 from lavis_kvmod.models.language.bert import BLIP2_VOCABULARY, load_bert_tokenizer, start_from_bert
@@ -26,6 +27,7 @@ class ImageSide(NamedTuple):
     aux_encoder: Optional[AuxiliaryEncoder]
     kv_prefix: Optional[KVPrefixGenerator]
     connector: Connector
+    aux_tokens: Optional[AuxTokens] = None
 
     def arguments(self, settings: ImageSideSettings) -> Dict[str, Any]:
         """The arguments of a model's constructor that have to do with images."""
@@ -47,21 +49,28 @@ class ImageSide(NamedTuple):
 
 
 def build_image_side(
-    settings: ImageSideSettings, *, load: bool = True, connector: str = "qformer", vocab_size: Optional[int] = None
+    settings: ImageSideSettings,
+    *,
+    load: bool = True,
+    connector: str = "qformer",
+    num_aux_tokens: int = 0,
+    **more_sizes: Any,
 ) -> ImageSide:
     """Image encoder, auxiliary encoder, prefix generator and connector, as the settings have them.
 
     Args:
         load: frozen towers with their weights; without, no file is looked for.
         connector: the name of a registered connector.
-        vocab_size: of the Q-Former's text side and its head for words; None builds neither.
+        num_aux_tokens: so many tokens of the auxiliary encoder's features, in place of a prefix; 0 writes a prefix.
+        more_sizes: those of `ConnectorSizes` that have nothing to do with images.
 
     Raises:
         MissingWeightsError, CheckpointError: if the weights cannot be had, or do not fit.
+        ValueError: if the connector cannot take what the image encoder gives.
     """
     vision = _build_vision(settings, load)
-    sizes = ConnectorSizes(vision.width, settings.num_query_token, vocab_size)
-    made = CONNECTORS[connector](settings, sizes)
+    sizes = ConnectorSizes(vision.width, settings.num_query_token, num_visual_tokens=vision.num_tokens, **more_sizes)
+    made = CONNECTORS[connector].build(settings, sizes)
     if not settings.kv_modulation:
         return ImageSide(vision, None, None, made)
     if load and not settings.reads_aux_weights:
@@ -70,6 +79,10 @@ def build_image_side(
         aux_encoder = build_auxiliary_encoder(
             settings.aux_encoder, settings.aux_checkpoint, settings.aux_image_size, load=load
         )
+    if num_aux_tokens:
+        width = sizes.output_width or made.hidden_size
+        tokens = AuxTokens(feature_dim=aux_encoder.feature_dim, output_width=width, num_tokens=num_aux_tokens)
+        return ImageSide(vision, aux_encoder, None, made, tokens)
     kv_prefix = KVPrefixGenerator(
         feature_dim=aux_encoder.feature_dim,
         hidden_size=made.hidden_size,
@@ -101,22 +114,30 @@ def _build_vision(settings: ImageSideSettings, load: bool) -> Vision:
     )
 
 
-def opt_arguments(settings: ModelSettings, *, load: bool = True, connector: str = "qformer") -> Dict[str, Any]:
+def opt_arguments(settings: ModelSettings, *, load: bool = True) -> Dict[str, Any]:
     """The arguments of `Blip2OPTKVMod`: the image side, OPT behind it, and what they are to do.
 
     Raises:
-        MissingWeightsError, CheckpointError: as `build_image_side`.
+        MissingWeightsError, CheckpointError, ValueError: as `build_image_side`.
     """
-    image_side = build_image_side(settings, load=load, connector=connector)
     opt_model, opt_tokenizer = build_language_model(
         settings.opt_model,
         precision=settings.opt_precision,
         use_grad_checkpoint=settings.opt_grad_checkpoint,
         load=load,
     )
+    image_side = build_image_side(
+        settings,
+        load=load,
+        connector=settings.connector,
+        geometry=settings.connector_geometry,
+        output_width=opt_model.config.word_embed_proj_dim,
+        num_aux_tokens=settings.aux_tokens,
+    )
     return dict(
         opt_model=opt_model,
         opt_tokenizer=opt_tokenizer,
+        aux_tokens=image_side.aux_tokens,
         prompt=settings.prompt,
         max_txt_len=settings.max_txt_len,
         answer_loss=settings.answer_loss,

@@ -21,6 +21,9 @@ _STAGE_1_ONLY = re.compile(
     r"|(vision_proj|text_proj|itm_head)\.|temp$"
 )
 
+# A connector, and what fits one alone.
+_CONNECTOR = ("Qformer.", "query_tokens", "opt_proj.")
+
 
 def load_checkpoint(model: "KVModBase", url_or_filename: str) -> LoadReport:
     """Load a BLIP-2 checkpoint: LAVIS's or ours (``.pth``, ``.safetensors``), or a Hugging Face folder.
@@ -28,7 +31,8 @@ def load_checkpoint(model: "KVModBase", url_or_filename: str) -> LoadReport:
     It must hold all that is trained here. What may be missing, each as a whole: a frozen tower (it comes from a file
     of its own), ``ln_vision`` once it was loaded, and the prefix (a stock BLIP-2 checkpoint has none). From a stage-1
     checkpoint (LAVIS's ``blip2_pretrained.pth``) the text side is left out and ``opt_proj`` stays new. A tower that
-    it does hold, as a Hugging Face folder does, takes the place of the one from its own file.
+    it does hold, as a Hugging Face folder does, takes the place of the one from its own file. For another connector a
+    Q-Former's checkpoint has ``ln_vision``, and nothing else.
 
     Raises:
         FileNotFoundError, CheckpointError: if it cannot be read, or listing the keys that do not fit.
@@ -58,7 +62,7 @@ def load_named_checkpoint(model: "KVModBase", settings: ImageSideSettings) -> No
 def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -> LoadReport:
     """`load_checkpoint`, of what was read from ``source``."""
     state = _at_image_size(model, _within_vocabulary(model, state))
-    groups = ["visual_encoder.", "aux_encoder.", "kv_", *model.of_this_training]
+    groups = ["visual_encoder.", "aux_encoder.", "kv_", "aux_tokens.", *model.of_this_training]
     groups += [f"{part}." for part, is_trained in model.behind_qformer.items() if not is_trained]
     if model.ln_vision_loaded:
         groups.append("ln_vision.")
@@ -66,6 +70,14 @@ def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -
     if stage_2 and "itm_head.weight" in state:  # stage 1's
         groups.append("opt_proj.")
         state = {key: value for key, value in state.items() if not _STAGE_1_ONLY.match(key)}
+    if _has_qformer(state) and not _has_qformer(model.state_dict()):
+        logging.warning(
+            "%s has a Q-Former, which this model's connector is not: its image encoder and norm are taken from there "
+            "at most, and what is trained starts from random weights",
+            source,
+        )
+        groups += _CONNECTOR
+        state = {key: value for key, value in state.items() if not key.startswith((*_CONNECTOR, "kv_"))}
     absent = tuple(g for g in groups if not any(key.startswith(g) for key in state))
     may_lack = {key for key in model.state_dict() if key.startswith(absent)}
     may_lack |= {name for name, _ in model.named_buffers()}
@@ -104,6 +116,10 @@ def stage_problem(path: Path) -> Optional[str]:
         f"{path} is of stage 2 (it has opt_proj, and no itm_head or text side), and stage 1 cannot start from it; name "
         "a stage-1 checkpoint, or null to start from BERT"
     )
+
+
+def _has_qformer(state: StateDict) -> bool:
+    return any(key.startswith("Qformer.bert.") for key in state)
 
 
 def _within_vocabulary(model: "KVModBase", state: StateDict) -> StateDict:

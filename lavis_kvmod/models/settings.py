@@ -1,12 +1,14 @@
 """Every key of the ``model:`` section: its default, its meaning, its check. Each default stands here and only here."""
 
-from typing import Any, Dict, List, Literal, Mapping, Optional, Type, TypeVar
+from typing import Any, Dict, List, Literal, Mapping, Optional, Sequence, Type, TypeVar
 
+from lavis_kvmod.models.connectors import CONNECTORS
+from lavis_kvmod.models.connectors.registry import ConnectorKind
 from lavis_kvmod.models.language.bert import BERT_POSITIONS, bert_files
 from lavis_kvmod.models.language.opt import language_model_weights
 from lavis_kvmod.models.language.text import check_prompt
 from lavis_kvmod.models.vision.auxiliary import AUXILIARY_ENCODERS, auxiliary_weights
-from lavis_kvmod.models.vision.encoders import VISION_ENCODERS, vision_weights
+from lavis_kvmod.models.vision.encoders import VISION_ENCODERS, known_num_tokens, vision_weights
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB
 from lavis_kvmod.system.schema import Settings, SettingsError, key, not_known
 from lavis_kvmod.weights.finding import WeightFile
@@ -42,7 +44,9 @@ class Blip2Settings(Settings):
         False, "compute the ViT's activations again in the backward pass (where it is trained)"
     )
 
-    num_query_token: int = key(32, "query tokens, and so soft-prompt vectors", gt=0)
+    num_query_token: int = key(
+        32, "query tokens, and so soft-prompt vectors; `linear` and `mlp` give one a visual token instead", gt=0
+    )
 
 
 class Blip2OPTSettings(Settings):
@@ -168,6 +172,18 @@ class ImageSideSettings(Blip2Settings):
 class ModelSettings(ImageSideSettings, Blip2OPTSettings):
     """The ``model:`` section of a LAVIS YAML, for ``arch: blip2_opt_kvmod``."""
 
+    connector: str = key(
+        "qformer",
+        "from visual tokens to the soft prompt: `qformer`, `linear`, `mlp`, `perceiver`, `c_abstractor`, "
+        "`visual_abstractor` ([connectors.md](connectors.md))",
+    )
+    connector_geometry: Dict[str, Any] = key({}, "sizes of a connector that is not the Q-Former", expected=_GEOMETRY)
+    aux_fusion: Optional[Literal["prefix", "tokens"]] = key(
+        None,
+        "how the second encoder comes in: `prefix`, in the connector's cross-attention, the default where it has one; "
+        "`tokens`, in front of the soft prompt, the default for `linear`, `mlp` and `c_abstractor`",
+    )
+    num_aux_tokens: int = key(1, "with `aux_fusion: tokens`, how many", gt=0)
     opt_precision: Precision = key("fp16", "storage of OPT's weights")
     opt_grad_checkpoint: bool = key(
         False, "compute OPT's activations again in the backward pass: less memory, more time ([sizes.md](sizes.md))"
@@ -183,11 +199,59 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
     )
 
     def conflicts(self) -> List[str]:
-        """As for all models, and what is wrong with the prompt."""
-        found = super().conflicts()
+        """As for all models, and what is wrong with the connector and the prompt."""
+        found = [*super().conflicts(), *self._connector_conflicts()]
         if self.apply_lemmatizer:
             found.append("apply_lemmatizer: not supported; lemmatise the answers after predict_answers")
         return [*found, *check_prompt("prompt", self.prompt)]
+
+    @property
+    def connector_kind(self) -> ConnectorKind:
+        """What is known of the connector before it is built."""
+        return CONNECTORS[self.connector]
+
+    @property
+    def aux_tokens(self) -> int:
+        """How many vectors of the soft prompt the second encoder gives."""
+        as_tokens = (self.aux_fusion or self._default_fusion) == "tokens"
+        return self.num_aux_tokens * (as_tokens and self.kv_modulation)
+
+    @property
+    def _default_fusion(self) -> str:
+        return "prefix" if self.connector_kind.attends else "tokens"
+
+    def num_soft_prompt(self) -> Optional[int]:
+        """How many vectors stand before the text; None where the image encoder does not say."""
+        of_image: Optional[int] = self.num_query_token
+        if self.connector_kind.one_a_token:
+            of_image = known_num_tokens(self.vit_model, self.image_size, self.vit_geometry)
+        return None if of_image is None else of_image + self.aux_tokens
+
+    def _connector_conflicts(self) -> List[str]:
+        if self.connector not in CONNECTORS:
+            return [CONNECTORS.unknown(self.connector)]
+        found = self.connector_kind.geometry_problems(self.connector, self.connector_geometry)
+        if self.aux_fusion == "prefix" and not self.connector_kind.attends:
+            return [
+                *found,
+                f"aux_fusion: connector {self.connector} has no cross-attention that a prefix could enter; set tokens",
+            ]
+        if self.aux_tokens:
+            found += self._of_no_use(
+                ("num_prefix_tokens", "prefix_gate", "prefix_sharing"),
+                f"of a prefix, and connector {self.connector} takes the second encoder's features as tokens",
+            )
+        else:
+            found += self._of_no_use(("num_aux_tokens",), "read with aux_fusion: tokens alone")
+        return found
+
+    def _of_no_use(self, names: Sequence[str], why: str) -> List[str]:
+        """Keys that say something, and are not read."""
+        return [
+            f"{name}: {why}; expected {self.default_of(name)}, the default, got {getattr(self, name)}"
+            for name in names
+            if getattr(self, name) != self.default_of(name)
+        ]
 
     def language_files(self) -> WeightFile:
         """The frozen language model's folder."""

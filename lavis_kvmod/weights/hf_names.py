@@ -60,7 +60,7 @@ LM_HEAD, EMBEDDING = "opt_model.lm_head.weight", "opt_model.model.decoder.embed_
 # Rows of the published OPTs' embeddings.
 OPT_ROWS = 50272
 # What this package adds, and Hugging Face's BLIP-2 has no place for.
-PREFIX = ("kv_prefix.", "kv_gate", "aux_encoder.")
+PREFIX = ("kv_prefix.", "kv_gate", "aux_tokens.", "aux_encoder.")
 
 Rules = Sequence[Tuple[Pattern[str], str]]
 

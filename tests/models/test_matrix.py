@@ -1,6 +1,7 @@
 """Every member of the family does all that a member does: a new one is one line in `MEMBERS`.
 
-The members are a covering subset: each two values of gate, sharing, image encoder, precision and freezing meet.
+The members are a covering subset: each two values of gate, sharing, image encoder, precision and freezing meet; then
+each connector.
 """
 
 from types import SimpleNamespace
@@ -22,12 +23,14 @@ GEOMETRY = {
     "demo": dict(patch_size=14, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2.0),
 }
 
+SMALL = dict(depth=2, num_heads=4)
+
 
 def member(vit, gate, sharing, precision, freeze, connector="qformer", **more):
-    keys = dict(prefix_gate=gate, prefix_sharing=sharing, freeze_vit=freeze == "frozen", **more)
+    keys = dict(prefix_gate=gate, prefix_sharing=sharing, freeze_vit=freeze == "frozen", connector=connector, **more)
     keys.update(vit_model=vit, vit_precision=precision, opt_precision=precision, vit_geometry=GEOMETRY[vit])
     name = "-".join([vit, gate, sharing, precision, freeze, connector, *more])
-    return pytest.param(SimpleNamespace(connector=connector, keys=keys), id=name)
+    return pytest.param(keys, id=name)
 
 
 MEMBERS = [
@@ -38,6 +41,13 @@ MEMBERS = [
     member("clip_L", "none", "shared", "bf16", "trained"),
     member("demo", "tanh", "shared", "bf16", "frozen"),
     member("eva_clip_g", "none", "shared", "bf16", "frozen", kv_modulation=False),
+    member("eva_clip_g", "none", "shared", "fp32", "frozen", "linear"),
+    member("clip_L", "none", "shared", "bf16", "frozen", "mlp", num_aux_tokens=2),
+    member("demo", "tanh", "per_layer", "fp32", "frozen", "perceiver", connector_geometry=SMALL),
+    member("eva_clip_g", "none", "shared", "bf16", "trained", "c_abstractor", connector_geometry=dict(hidden_size=16)),
+    member("demo", "none", "per_layer", "bf16", "frozen", "visual_abstractor", connector_geometry=SMALL),
+    member("demo", "none", "shared", "fp32", "frozen", "linear", kv_modulation=False),
+    member("demo", "none", "shared", "fp32", "frozen", aux_fusion="tokens"),
 ]
 
 
@@ -61,12 +71,12 @@ def vit_file(tmp_path_factory):
 @pytest.fixture(scope="class", params=MEMBERS)
 def family(request, model_config, vit_file):
     """A function that builds the member from a seed, and the one of seed 0."""
-    keys = {"pretrained": None, "vit_checkpoint": vit_file(request.param.keys["vit_model"]), **request.param.keys}
+    keys = {"pretrained": None, "vit_checkpoint": vit_file(request.param["vit_model"]), **request.param}
 
     def make(seed):
         torch.manual_seed(seed)
         settings = ModelSettings.from_config(model_config(**keys))
-        model = Blip2OPTKVMod(**building.opt_arguments(settings, connector=request.param.connector))
+        model = Blip2OPTKVMod(**building.opt_arguments(settings))
         if model.kv_gate is not None:
             torch.nn.init.constant_(model.kv_gate, 0.3)
         return model.eval()
@@ -135,7 +145,9 @@ class TestMember:
 
     def test_features(self, family, images):
         features = family.model.extract_features({"image": images(2)})
-        assert features.image_embeds.shape == (2, 5, 32) and features.image_embeds_proj.shape == (2, 5, 32)
+        model = family.model
+        assert features.image_embeds.shape == (2, model.num_outputs, model.Qformer.hidden_size)
+        assert features.image_embeds_proj.shape == (2, model.num_soft_prompt, 32)
         share = family.model.prefix_attention_share({"image": images(2)})
         assert share is None if family.model.kv_prefix is None else 0 < share < 1
 

@@ -33,7 +33,7 @@ class KeyProjection(nn.Linear):
     def forward(self, x: Tensor, bias_counts: bool = True) -> Tensor:
         """(…, in) -> (…, out)"""
         # Not left out: the Keys stay those of LAVIS, and DDP waits for the gradient of every trained parameter.
-        bias = self.bias if bias_counts else self.bias.detach() + 0 * self.bias
+        bias = self.bias if bias_counts or self.bias is None else self.bias.detach() + 0 * self.bias
         return F.linear(x, self.weight, bias)
 
 

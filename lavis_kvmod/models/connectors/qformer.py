@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lavis_kvmod.models.connectors.attention import attend_with
 from lavis_kvmod.models.connectors.kv_prefix import KeyProjection, KVPrefix
-from lavis_kvmod.models.connectors.registry import ConnectorSizes, register_connector
+from lavis_kvmod.models.connectors.registry import ConnectorSizes, NoSizes, register_connector
 from lavis_kvmod.models.connectors.word_head import WordHead
 
 KeyValue = Tuple[Tensor, Tensor]
@@ -41,13 +41,13 @@ class QFormerOutput:
 class MultiHeadAttention(nn.Module):
     """Query, Key and Value projections and the attention over them (BERT's ``attention.self``)."""
 
-    def __init__(self, *, hidden_size: int, num_heads: int, kv_width: int, dropout: float):
+    def __init__(self, *, hidden_size: int, num_heads: int, kv_width: int, dropout: float, bias: bool = True):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key = KeyProjection(kv_width, hidden_size)
-        self.value = nn.Linear(kv_width, hidden_size)
+        self.query = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.key = KeyProjection(kv_width, hidden_size, bias=bias)
+        self.value = nn.Linear(kv_width, hidden_size, bias=bias)
 
     def forward(
         self,
@@ -450,9 +450,9 @@ class QFormer(nn.Module):
         return self.bert(*args, **kwargs)
 
 
-@register_connector("qformer")
+@register_connector("qformer", geometry=NoSizes)
 def build_qformer(settings: Any, sizes: ConnectorSizes) -> QFormer:
-    """The Q-Former of a ``model:`` section."""
+    """BLIP-2's Q-Former, the default (arXiv 2301.12597)."""
     return QFormer(
         encoder_width=sizes.visual_width,
         num_queries=sizes.num_queries,

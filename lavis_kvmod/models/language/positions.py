@@ -34,12 +34,20 @@ def known_positions(opt_model: str) -> Optional[int]:
 
 
 def length_problems(
-    *, opt_model: str, num_query_token: int, max_txt_len: int, max_len: int, prompt: Optional[str] = None
+    *,
+    opt_model: str,
+    soft_prompt: int,
+    max_txt_len: int,
+    max_len: int,
+    prompt: Optional[str] = None,
+    told_by: str = "num_query_token",
 ) -> List[str]:
     """Whether a run's sequences fit the language model, as far as that is known before it is loaded.
 
     Args:
-        opt_model, num_query_token, max_txt_len: of the model section.
+        opt_model, max_txt_len: of the model section.
+        soft_prompt: vectors before the text.
+        told_by: what decides how many those are, as a message has it.
         max_len: most new tokens, of the run section.
         prompt: what captions are generated behind; None if questions are answered, which take up to ``max_txt_len``.
     """
@@ -49,16 +57,18 @@ def length_problems(
     # A prompt has at least a token a word, and its BOS; how many more, only the tokenizer knows.
     text = max_txt_len if prompt is None else 1 + len(prompt.split())
     called = "model.max_txt_len" if prompt is None else "the prompt"
-    generated, trained = num_query_token + text + max_len, num_query_token + max_txt_len
+    generated, trained = soft_prompt + text + max_len, soft_prompt + max_txt_len
     problems = []
+    if soft_prompt >= has:
+        return [f"model.{told_by} {soft_prompt} positions of {opt_model}'s {has}: no text fits behind; take fewer"]
     if generated > has:
         problems.append(
-            f"run.max_len: model.num_query_token {num_query_token} + {called} {text} + {max_len} = {generated} "
+            f"run.max_len: model.{told_by} {soft_prompt} + {called} {text} + {max_len} = {generated} "
             f"positions, and {opt_model} has {has}; set it lower"
         )
     if trained > has:
         problems.append(
-            f"model.max_txt_len: model.num_query_token {num_query_token} + {max_txt_len} = {trained} positions, and "
+            f"model.max_txt_len: model.{told_by} {soft_prompt} + {max_txt_len} = {trained} positions, and "
             f"{opt_model} has {has}; set it lower"
         )
     return problems

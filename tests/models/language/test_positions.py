@@ -6,7 +6,7 @@ import torch
 from lavis_kvmod.models.language.positions import known_positions, length_problems
 
 LONG = "what colour is the ink of it " * 40
-SIZES = dict(num_query_token=32, max_txt_len=32)
+SIZES = dict(soft_prompt=32, max_txt_len=32)
 
 
 def calls(model, image):
@@ -52,6 +52,6 @@ def test_a_run_that_is_too_long_is_told_before_it_starts(opt_folder):
     (problem,) = length_problems(opt_model=name, max_len=100, prompt="a photo of", **SIZES)
     assert "32 + the prompt 4 + 100 = 136 positions" in problem
     assert length_problems(opt_model=name, max_len=92, prompt="a photo of", **SIZES) == []
-    problems = length_problems(opt_model="facebook/opt-2.7b", num_query_token=32, max_txt_len=4096, max_len=10)
+    problems = length_problems(opt_model="facebook/opt-2.7b", soft_prompt=32, max_txt_len=4096, max_len=10)
     assert [p.split(":")[0] for p in problems] == ["run.max_len", "model.max_txt_len"]
     assert length_problems(opt_model="somebody/unheard-of", max_len=9999, **SIZES) == []

@@ -5,6 +5,7 @@ from lavis_kvmod.models.vision.encoders.building import (
     Vision,
     build_vision_encoder,
     interpolate_positions,
+    known_num_tokens,
     vision_weights,
 )
 from lavis_kvmod.models.vision.encoders.registry import VISION_ENCODERS, register_image_encoder
@@ -17,6 +18,7 @@ __all__ = [
     "demo",
     "eva",
     "interpolate_positions",
+    "known_num_tokens",
     "register_image_encoder",
     "vision_weights",
 ]

@@ -54,6 +54,29 @@ class Vision(NamedTuple):
         """Of the visual tokens."""
         return int(cast(Any, self.visual_encoder).num_features)
 
+    @property
+    def num_tokens(self) -> Optional[int]:
+        """How many visual tokens an image gives; None where the ViT does not say."""
+        return num_tokens(self.visual_encoder)
+
+
+def num_tokens(vit: nn.Module) -> Optional[int]:
+    """How many visual tokens a ViT gives: what its ``num_tokens`` says, or has a position embedding (EVA's, CLIP's)."""
+    told = getattr(vit, "num_tokens", None)
+    if told is not None:
+        return int(told)
+    for name in ("pos_embed", "positional_embedding"):
+        positions = getattr(vit, name, None)
+        if isinstance(positions, Tensor):
+            return int(positions.shape[-2])
+    return None
+
+
+def known_num_tokens(name: str, image_size: int, geometry: Mapping[str, Any]) -> Optional[int]:
+    """As `num_tokens`, of the encoder ``vit_model: name``, before it is loaded."""
+    with empty_weights():
+        return num_tokens(VISION_ENCODERS[name].build(image_size, 0.0, **geometry))
+
 
 def build_vision_encoder(
     name: str,
