@@ -50,7 +50,7 @@ def search(features: Features, wanted: Tensor, count: int) -> Best:
     """The images that fit each of the wanted texts (t, e) best; exact, by FAISS if it is installed, else in blocks."""
     count = min(count, len(features.images))
     try:
-        import faiss
+        import faiss  # type: ignore[import-not-found]
     except ImportError:
         best = Best.none(len(wanted), count)
         for start in range(0, len(features.images), _IMAGES_AT_ONCE):

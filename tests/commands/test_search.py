@@ -1,6 +1,8 @@
-"""``lavis-kvmod embed`` and ``search``: a user's own photographs, found by a text."""
+"""``lavis-kvmod embed``, ``search`` and ``capfilt``: own photographs, found by a text, and texts that fit."""
 
 import csv
+import json
+import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +13,12 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_kvmod.commands import cli
+from lavis_kvmod.commands import capfilt, cli
+from lavis_kvmod.config.loading import load_config
+from lavis_kvmod.datasets.retrieval import CustomRetrievalBuilder
+from lavis_kvmod.datasets.shards.builders import WdsCaptionBuilder
 from lavis_kvmod.models.settings import Stage1Settings
+from lavis_kvmod.tasks import capfilt as work
 from lavis_kvmod.tasks import embedding
 from lavis_kvmod.tasks.embedding import Features, read_features
 from lavis_kvmod.tasks.retrieval_scores import similarity
@@ -104,3 +110,84 @@ def test_search_is_exact(monkeypatch, with_faiss):
     best = embedding.search(Features([str(i) for i in range(40)], images, [], wanted, {}), wanted, 6)
     expected = similarity(images, wanted).t().topk(6, dim=1)
     assert torch.equal(best.numbers, expected.indices) and torch.allclose(best.scores, expected.values)
+
+
+# ------------------------------------------------------------ capfilt
+
+
+@pytest.fixture()
+def captioner(model_config):
+    """A run file of which the model writes captions (of random weights)."""
+    model = {key: str(value) if isinstance(value, Path) else value for key, value in model_config().items()}
+    config = {"model": model, "datasets": {"digits_caption": {}}, "run": {"task": "kvmod_captioning", "device": "cpu"}}
+    OmegaConf.save(OmegaConf.create(config), "captioner.yaml")
+    return "captioner.yaml"
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().split("\n") if line]
+
+
+@pytest.mark.slow
+def test_texts_are_written_judged_and_kept(run_file, captioner, capsys, monkeypatch):
+    command = ["capfilt", "--cfg-path", run_file, "--split", "test", "--captioner", captioner, "--captions", "2"]
+    command += ["--max-len", "5", "--block", "2", "--out"]
+    assert cli.main([*command, "all", "--itm", "1e-9"]) == 0
+    every = lines("all/kept.jsonl")
+    given = [row for row in every if row["text_from"] == "data"]
+    assert [(row["image"], row["caption"]) for row in given] == ROWS
+    assert {row["image"] for row in every if row["text_from"] == "captioner"} == {name for name, _ in ROWS}
+    assert all(-1 <= row["itc"] <= 1 and 0 <= row["itm"] <= 1 for row in every)
+
+    middle = f"{statistics.median(row['itm'] for row in every):.4f}"
+    whole = [*command, "whole", "--itm", middle]
+    assert cli.main(whole) == 0
+    kept, dropped = lines("whole/kept.jsonl"), lines("whole/dropped.jsonl")
+    capsys.readouterr()
+    assert kept == [row for row in every if row["itm"] >= float(middle)]
+    wordless = lines("all/dropped.jsonl")  # of random weights
+    assert {row["reason"] for row in wordless} <= {"no words"}
+    low = [row for row in dropped if row["reason"] == f"itm {row.get('itm')} is below {float(middle)}"]
+    assert low and len(kept) + len(low) == len(every) and len(dropped) == len(low) + len(wordless)
+
+    # interrupted in the second block, and given again
+    block = work.CapFilt._block
+    with monkeypatch.context() as patch:
+
+        def stopped(self, number, items):
+            if number == 1:
+                raise KeyboardInterrupt
+            return block(self, number, items)
+
+        patch.setattr(work.CapFilt, "_block", stopped)
+        assert cli.main([*command, "again", "--itm", middle]) == 130
+    assert sorted(path.name for path in Path("again/parts").iterdir()) == ["00000000.jsonl"]
+    for rank in (1, 0):  # the rest by two ranks, one after the other
+        with monkeypatch.context() as patch:
+            patch.setattr(capfilt, "get_rank", lambda rank=rank: rank)
+            patch.setattr(capfilt, "get_world_size", lambda: 2)
+            assert cli.main([*command, "again", "--itm", middle, "--shards"][: -1 if rank else None]) == 0
+    for name in ("kept.jsonl", "dropped.jsonl"):
+        assert Path("again", name).read_bytes() == Path("whole", name).read_bytes()
+    assert cli.main([*command, "again", "--itm", "0.9"]) == 2
+    assert f"again: of another call before (itm was {float(middle)} and is 0.9)" in capsys.readouterr().err
+    read_again(run_file, kept)
+
+
+def read_again(run_file, kept):
+    """What was kept, by the readers of tables and shards; and from those shards once more."""
+    table = ["run.evaluate=true", "datasets.custom_retrieval.build_info.annotations.test=whole/kept.jsonl"]
+    dataset = CustomRetrievalBuilder(load_config(run_file, table).datasets_cfg.custom_retrieval).build()["test"]
+    told = {(row["image_name"], text) for row in dataset.annotation for text in row["caption"]}
+    assert told == {(row["image"], row["caption"]) for row in kept}
+
+    config = OmegaConf.load(run_file)
+    size = config.datasets.custom_retrieval.vis_processor
+    config.datasets = {"wds_caption": {"build_info": {"annotations": {"test": "again/shards"}}, "vis_processor": size}}
+    OmegaConf.save(config, "shards.yaml")
+    (test,) = WdsCaptionBuilder(load_config("shards.yaml", table[:1]).datasets_cfg.wds_caption).build().values()
+    assert len(test) == len({row["image"] for row in kept})
+    assert cli.main(["capfilt", "--cfg-path", "shards.yaml", "--split", "test", "--out", "third", "--itm", "0"]) == 0
+    third = lines("third/kept.jsonl")
+    assert sorted(row["caption"] for row in third) == sorted(row["caption"] for row in kept)
+    assert all(Path("third/images", row["image"]).is_file() and "itm" not in row for row in third)
