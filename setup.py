@@ -45,7 +45,7 @@ class BuildWithHookAndConfigs(build_py):
     """Adds what setuptools has no table for.
 
     The hook goes beside the package, since `.pth` files are read only from site-packages. As part
-    of the build it is listed in RECORD, so that uninstalling removes it. `configs/` and `projects/`
+    of the build it is listed in RECORD, so that uninstalling removes it. `configs/`, `projects/` and `studies/`
     stand at the root, as in LAVIS, and go inside the package; an editable install reads them at the
     root instead (see `lavis_kvmod/system/paths.py`).
     """
@@ -63,7 +63,7 @@ class BuildWithHookAndConfigs(build_py):
         shutil.rmtree(package, ignore_errors=True)  # leftovers of an earlier build are not shipped
         super().run()
         self.copy_file(HOOK, self.build_lib)
-        for folder in ("configs", "projects"):
+        for folder in ("configs", "projects", "studies"):
             for source in sorted(Path(folder).rglob("*.yaml")):
                 self.mkpath(str(package / source.parent))
                 self.copy_file(str(source), str(package / source))

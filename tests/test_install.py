@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "lavis_kvmod.pth")
-PACKAGED_FOLDERS = ("lavis_kvmod", "configs", "projects")
+PACKAGED_FOLDERS = ("lavis_kvmod", "configs", "projects", "studies")
 # `pip install .` makes a wheel, and installs it.
 WAYS = ("wheel", pytest.param("pip install .", marks=pytest.mark.slow), "pip install -e .")
 

@@ -26,6 +26,7 @@ _COMMANDS = {
     "embed": ("lavis_kvmod.commands.embed", "write features of a split's images and texts, by a stage-1 model"),
     "capfilt": ("lavis_kvmod.commands.capfilt", "keep what fits of noisy texts, and of those a captioner writes"),
     "search": ("lavis_kvmod.commands.search", "find images for a text among such features"),
+    "ablate": ("lavis_kvmod.commands.ablate", "train every arm of a study with several seeds, and compare them"),
     "demo": (
         "lavis_kvmod.commands.demo",
         "train on scanned digits with and without KV modulation, and compare (CPU, minutes)",

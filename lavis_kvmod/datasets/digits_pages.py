@@ -35,7 +35,7 @@ class DigitsPagesDataset(DigitsVQADataset):
         return pages.load_pages(split, self.settings)
 
     def _rendered(self, split: str) -> np.ndarray:
-        return _pictures(split, tuple(self.settings.model_dump().items()))
+        return _pictures(tuple(self.scans), self.settings.page_size, self.settings.digit_size)
 
     def _entries(self, scan: Any) -> List[Dict[str, Any]]:
         return [
@@ -91,9 +91,8 @@ class DigitsPagesBuilder(PackagedBuilder):
 
 
 @lru_cache(maxsize=6)
-def _pictures(split: str, items: Tuple[Tuple[str, Any], ...]) -> np.ndarray:
-    """All pages of a split (N, H, H, 3), uint8, read-only."""
-    settings = PageSettings(**dict(items))
-    pictures = np.stack([np.asarray(pages.render(page, settings)) for page in pages.load_pages(split, settings)])
+def _pictures(shown: Tuple[pages.Page, ...], page_size: int, digit_size: int) -> np.ndarray:
+    """The pages as pictures (N, H, H, 3), uint8, read-only."""
+    pictures = np.stack([np.asarray(pages.render(page, page_size, digit_size)) for page in shown])
     pictures.setflags(write=False)
     return pictures

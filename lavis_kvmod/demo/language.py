@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple, TypeVar
+from typing import Callable, Dict, List, Sequence, Tuple, TypeVar
 
 import torch
 from lavis.models.blip2_models.modeling_opt import OPTForCausalLM
@@ -22,7 +22,11 @@ from transformers import GPT2Tokenizer, OPTConfig
 from lavis_kvmod.demo import digits
 from lavis_kvmod.system.progress import Progress
 
-__all__ = ["PROMPTS", "LanguageRecipe", "accuracy", "opt_config", "save_tokenizer", "train_language_model"]
+__all__ = [
+    *("BOS", "IGNORED", "PAD", "PROMPTS"),
+    *("LanguageRecipe", "accuracy", "fit", "opt_config", "save_bpe", "save_model", "save_tokenizer"),
+    "train_language_model",
+]
 
 # The demo's recipe uses the first; the others are what else a user may try.
 PROMPTS = ("Question: {} Short answer:", "Question: {} Answer:", "{}")
@@ -31,8 +35,8 @@ Item = TypeVar("Item")
 
 # As in OPT's own tokenizer: these ids, and `</s>` for BOS, EOS and unknown alike.
 _SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
-_PAD, _BOS = 1, 2
-_IGNORED = -100
+PAD, BOS = 1, 2
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,20 @@ def train_language_model(recipe: LanguageRecipe, folder: Path) -> float:
     """
     scans = _every_scan()
     tokenizer = save_tokenizer(recipe, folder)
-    model = OPTForCausalLM(opt_config(recipe, len(tokenizer))).train()
+    model = OPTForCausalLM(opt_config(recipe, len(tokenizer)))
+
+    def loss() -> Tensor:
+        passages = [_draw_passage(scans, recipe) for _ in range(recipe.batch_size)]
+        return model(**_batch(tokenizer, passages)).loss
+
+    fit(model, recipe, loss)
+    save_model(model, folder)
+    return accuracy(model, tokenizer)
+
+
+def fit(model: nn.Module, recipe: LanguageRecipe, loss_of_step: Callable[[], Tensor]) -> None:
+    """Train ``model`` for the recipe's steps; it is left in eval mode."""
+    model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=recipe.learning_rate,
@@ -92,20 +109,21 @@ def train_language_model(recipe: LanguageRecipe, folder: Path) -> float:
     )
     progress = Progress(range(recipe.steps), "demo: pre-training the language model", log_every=100)
     for _ in progress:
-        passages = [_draw_passage(scans, recipe) for _ in range(recipe.batch_size)]
-        loss = model(**_batch(tokenizer, passages)).loss
+        loss = loss_of_step()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         progress.status(f"loss {loss.item():.3f}")
-
     model.eval()
+
+
+def save_model(model: OPTForCausalLM, folder: Path) -> None:
+    """Write what ``AutoModelForCausalLM.from_pretrained`` reads."""
     # The output layer is the embedding: safetensors refuses to write one tensor under two names.
     state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
     model.save_pretrained(folder, state_dict=state, safe_serialization=True)
-    return accuracy(model, tokenizer)
 
 
 @torch.no_grad()
@@ -117,7 +135,7 @@ def accuracy(model: OPTForCausalLM, tokenizer: GPT2Tokenizer) -> float:
         batch = _batch(tokenizer, passages[start : start + 240])
         labels = batch.pop("labels")[:, 1:]
         guess = model(**batch).logits[:, :-1].argmax(-1)
-        correct += ((guess == labels) | (labels == _IGNORED)).all(1).sum().item()
+        correct += ((guess == labels) | (labels == IGNORED)).all(1).sum().item()
     return correct / len(passages)
 
 
@@ -129,6 +147,11 @@ def save_tokenizer(recipe: LanguageRecipe, folder: Path) -> GPT2Tokenizer:
     corpus = []
     for passage in _corpus(_every_scan()):
         corpus += [passage.description, passage.prompt + passage.continuation]
+    return save_bpe(corpus, recipe, folder)
+
+
+def save_bpe(corpus: Sequence[str], recipe: LanguageRecipe, folder: Path) -> GPT2Tokenizer:
+    """As `save_tokenizer`, for any texts."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
         corpus,
@@ -166,9 +189,9 @@ def opt_config(recipe: LanguageRecipe, vocab_size: int) -> OPTConfig:
         attention_dropout=0.0,
         layerdrop=0.0,
         init_std=recipe.init_std,
-        pad_token_id=_PAD,
-        bos_token_id=_BOS,
-        eos_token_id=_BOS,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=BOS,
     )
 
 
@@ -244,9 +267,9 @@ def _batch(tokenizer: GPT2Tokenizer, passages: Sequence[_Passage]) -> Dict[str, 
     rows: List[Tuple[List[int], List[int]]] = []
     for passage in passages:
         before = tokenizer(passage.description, add_special_tokens=False).input_ids
-        given = tokenizer(passage.prompt).input_ids if passage.prompt else [_BOS]
+        given = tokenizer(passage.prompt).input_ids if passage.prompt else [BOS]
         asked = tokenizer(passage.continuation, add_special_tokens=False).input_ids
-        rows.append((before + given + asked, [_IGNORED] * len(before + given) + asked))
+        rows.append((before + given + asked, [IGNORED] * len(before + given) + asked))
     longest = max(len(ids) for ids, _ in rows)
 
     def padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:
@@ -254,7 +277,7 @@ def _batch(tokenizer: GPT2Tokenizer, passages: Sequence[_Passage]) -> Dict[str, 
 
     ids, labels = zip(*rows)
     return {
-        "input_ids": padded(ids, _PAD),
+        "input_ids": padded(ids, PAD),
         "attention_mask": padded([[1] * len(row) for row in ids], 0),
-        "labels": padded(labels, _IGNORED),
+        "labels": padded(labels, IGNORED),
     }

@@ -132,13 +132,16 @@ class Page:
 
 def load_pages(split: str, settings: PageSettings) -> List[Page]:
     """The pages of ``train``, ``val`` or ``test``; raises as `digits.load_scans`."""
-    return list(_pages(split, tuple(settings.model_dump().items())))
+    scans = digits.load_scans(split)
+    if split == "train":
+        scans = scans[: settings.train_scans]
+    return list(_pages(split, tuple(settings.model_dump().items()), tuple(scans)))
 
 
-def render(page: Page, settings: PageSettings) -> Image.Image:
+def render(page: Page, page_size: int = 56, digit_size: int = 28) -> Image.Image:
     """The page in its colours: an RGB picture of ``page_size`` a side, always the same one."""
-    side = settings.digit_size
-    picture = np.empty((settings.page_size, settings.page_size, 3), np.float32)
+    side = digit_size
+    picture = np.empty((page_size, page_size, 3), np.float32)
     picture[:] = digits.PAPERS[page.paper]
     for one in page.written:
         top, left = one.row * side, one.column * side
@@ -171,11 +174,8 @@ def description(page: Page) -> str:
 
 
 @lru_cache(maxsize=16)
-def _pages(split: str, items: Tuple[Tuple[str, Any], ...]) -> Tuple[Page, ...]:
+def _pages(split: str, items: Tuple[Tuple[str, Any], ...], scans: Tuple[digits.Scan, ...]) -> Tuple[Page, ...]:
     settings = PageSettings(**dict(items))
-    scans = digits.load_scans(split)
-    if split == "train":
-        scans = scans[: settings.train_scans]
     rng = np.random.default_rng([_SEED, list(digits.SPLITS).index(split)])
     pool = [scans[i] for _ in range(settings.pages_a_scan) for i in rng.permutation(len(scans))]
     name = f"{split}-{_fingerprint(settings, split)}"

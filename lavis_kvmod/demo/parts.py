@@ -15,7 +15,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Union
 
 import numpy as np
 import torch
@@ -24,17 +24,21 @@ from safetensors.torch import save_file
 from transformers import OPTConfig
 
 from lavis_kvmod.demo.language import LanguageRecipe, opt_config, train_language_model
+from lavis_kvmod.demo.pages_language import PagesLanguageRecipe, train_pages_language_model
 from lavis_kvmod.demo.vision import VisionRecipe, train_vision_encoder
 from lavis_kvmod.demo.words import save_vocabulary, vocabulary
 from lavis_kvmod.system.paths import cache_dir
 
 __all__ = [
     "DEMO",
+    "PAGES",
+    "PagesRecipe",
     "Recipe",
     "build_parts",
     "built",
     "language_model",
     "language_model_config",
+    "pages_language_model",
     "parts_dir",
     "vision_weights",
     "words",
@@ -54,6 +58,17 @@ class Recipe:
 
 
 DEMO = Recipe()
+
+
+@dataclass(frozen=True)
+class PagesRecipe:
+    """What the language model for pages of digits depends on; it has a folder of its own."""
+
+    language: PagesLanguageRecipe = field(default_factory=PagesLanguageRecipe)
+
+
+PAGES = PagesRecipe()
+AnyRecipe = Union[Recipe, PagesRecipe]
 
 
 def build_parts(recipe: Recipe = DEMO) -> Path:
@@ -91,6 +106,15 @@ def language_model(recipe: Recipe = DEMO) -> Path:
     return _part("language", recipe, recipe.language.seed, build)
 
 
+def pages_language_model(recipe: PagesRecipe = PAGES) -> Path:
+    """As `language_model`, for `lavis_kvmod.demo.pages`."""
+
+    def build(folder: Path) -> Dict[str, float]:
+        return {"accuracy": train_pages_language_model(recipe.language, folder)}
+
+    return _part("language", recipe, recipe.language.seed, build)
+
+
 def words(recipe: Recipe = DEMO) -> Path:
     """The folder of the words of the Q-Former's text side, written on first use. Raises as `build_parts`."""
 
@@ -101,13 +125,13 @@ def words(recipe: Recipe = DEMO) -> Path:
     return _part("words", recipe, recipe.language.seed, build)
 
 
-def built(name: str, recipe: Recipe = DEMO) -> Optional[Path]:
+def built(name: str, recipe: AnyRecipe = DEMO) -> Optional[Path]:
     """The folder of the ``vision`` or the ``language`` part if it is whole; None before it is first used."""
     folder = parts_dir(recipe) / name
     return folder if _damage(folder) is None else None
 
 
-def language_model_config(recipe: Recipe = DEMO) -> OPTConfig:
+def language_model_config(recipe: AnyRecipe = DEMO) -> OPTConfig:
     """The language model's geometry, built or not; its vocabulary is known once it is built, and at most this large."""
     folder = built("language", recipe)
     if folder is not None:
@@ -115,13 +139,13 @@ def language_model_config(recipe: Recipe = DEMO) -> OPTConfig:
     return opt_config(recipe.language, recipe.language.vocab_size)
 
 
-def parts_dir(recipe: Recipe = DEMO) -> Path:
+def parts_dir(recipe: AnyRecipe = DEMO) -> Path:
     """Where the parts of a recipe are cached. Another recipe, or other code, has another folder."""
     text = json.dumps([_CODE_VERSION, asdict(recipe)], sort_keys=True)
     return cache_dir() / f"demo-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _part(name: str, recipe: Recipe, seed: int, build: Callable[[Path], Dict[str, float]]) -> Path:
+def _part(name: str, recipe: AnyRecipe, seed: int, build: Callable[[Path], Dict[str, float]]) -> Path:
     """The folder of one part; ``build`` fills an empty folder and returns what it measured."""
     folder = parts_dir(recipe) / name
     if _damage(folder) is None:  # before anything is written: a finished cache may be read-only
@@ -144,7 +168,7 @@ def _part(name: str, recipe: Recipe, seed: int, build: Callable[[Path], Dict[str
     return folder
 
 
-def _build(folder: Path, recipe: Recipe, seed: int, build: Callable[[Path], Dict[str, Any]]) -> None:
+def _build(folder: Path, recipe: AnyRecipe, seed: int, build: Callable[[Path], Dict[str, Any]]) -> None:
     # At this level so that it is seen after a mere `load_model` too: what follows takes a minute or two.
     logging.warning("demo: pre-training its %s part, once; it is kept in %s", folder.name, folder)
     made = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from lavis_kvmod.models.base import KVModBase
 
 # What stage 1 of BLIP-2 trains beside the Q-Former's query side (lavis/models/blip2_models/blip2_qformer.py).
+# What remembered features hang on.
+_TOWERS = ("visual_encoder.", "ln_vision.", "aux_encoder.")
+
 _STAGE_1_ONLY = re.compile(
     r"Qformer\.(cls|bert\.embeddings\.(word|position)_embeddings|bert\.encoder\.layer\.\d+\.(intermediate|output))\."
     r"|(vision_proj|text_proj|itm_head)\.|temp$"
@@ -83,7 +86,7 @@ def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -
     may_lack |= {name for name, _ in model.named_buffers()}
     report = reading.load_weights(model, state, source=source, may_lack=may_lack)
     model.ln_vision_loaded = True
-    if model.feature_cache is not None:
+    if model.feature_cache is not None and any(key.startswith(_TOWERS) for key in state):  # not in what we save
         model.feature_cache.clear()
         if model.feature_cache.files is not None and not {"visual_encoder.", "ln_vision.", "aux_encoder."} <= set(
             absent

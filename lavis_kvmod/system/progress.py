@@ -59,10 +59,11 @@ class Progress:
             yield item
             if i % self._log_every == 0 or i == total:
                 left = (time.monotonic() - start) / (i - self._start) * (total - i)
-                logging.info("%s [%d/%d] %s eta %s", self._title, i, total, self._status, _clock(left))
+                logging.info("%s [%d/%d] %s eta %s", self._title, i, total, self._status, clock(left))
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

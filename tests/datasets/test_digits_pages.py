@@ -69,12 +69,12 @@ def test_no_kind_of_question_is_answered_by_its_commonest_answer(datasets):
 
 def test_pages_are_fixed_and_luminance_tells_no_ink():
     before = pages.load_pages("test", SETTINGS)[:3]
-    pictures = [np.asarray(pages.render(page, SETTINGS)) for page in before]
+    pictures = [np.asarray(pages.render(page)) for page in before]
     pages._pages.cache_clear()
     after = pages.load_pages("test", SETTINGS)[:3]
     assert after == before
     for page, picture in zip(after, pictures):
-        assert np.array_equal(np.asarray(pages.render(page, SETTINGS)), picture) and picture.shape == (56, 56, 3)
+        assert np.array_equal(np.asarray(pages.render(page)), picture) and picture.shape == (56, 56, 3)
         luminance = picture.astype(float) @ np.array(digits.LUMA)
         by_ink = [luminance[one.row * 28 :, one.column * 28 :][:28, :28].min() for one in page.written]
         assert np.ptp(by_ink) < 8  # noise of two fully inked pixels, where the colours' own luminances differ by 50

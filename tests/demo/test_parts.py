@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from lavis_kvmod.demo import digits, parts, vision
 from lavis_kvmod.demo.language import LanguageRecipe, accuracy
+from lavis_kvmod.demo.pages_language import PagesLanguageRecipe
 from lavis_kvmod.demo.vision import VisionRecipe
 
 TINY = parts.Recipe(
@@ -289,3 +290,24 @@ def test_the_demos_parts_know_shape_and_language(cache):
     folder = str(parts.language_model())
     tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False)
     assert accuracy(OPTForCausalLM.from_pretrained(folder).eval(), tokenizer) >= 0.995
+
+
+# ---------------------------------------------------------------- the language model for pages
+
+
+def test_pages_have_a_language_model_of_their_own(cache):
+    small = PagesLanguageRecipe(hidden_size=16, num_layers=1, num_heads=2, ffn_dim=16, steps=2, batch_size=4, texts=40)
+    recipe = parts.PagesRecipe(small)
+    folder = parts.pages_language_model(recipe)
+    assert folder == parts.built("language", recipe) and parts.built("language", parts.PAGES) is None
+    measured = json.loads((folder / "manifest.json").read_text())["measured"]
+    assert 0 <= measured["accuracy"] < 1
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=False)
+    assert OPTForCausalLM.from_pretrained(str(folder)).config.vocab_size == len(tokenizer)
+    assert tokenizer("\n", add_special_tokens=False).input_ids == tokenizer(" red\n").input_ids[-1:]
+
+
+@pytest.mark.slow
+def test_it_finds_what_belongs_together():
+    measured = json.loads((parts.pages_language_model() / "manifest.json").read_text())["measured"]
+    assert measured["accuracy"] > 0.97

@@ -68,6 +68,16 @@ def _demo_language_model() -> Path:
     return parts.language_model()
 
 
+def _demo_pages_language_model() -> Path:
+    from lavis_kvmod.demo import parts
+
+    return parts.pages_language_model()
+
+
+# Trained on this machine on first use.
+_BUILT_HERE = {"demo": _demo_language_model, "demo-pages": _demo_pages_language_model}
+
+
 def language_model_weights(name: str) -> WeightFile:
     """Where the language model comes from: a local folder, a Hugging Face name, or the demo's own."""
     return WeightFile(
@@ -75,7 +85,7 @@ def language_model_weights(name: str) -> WeightFile:
         name,
         "model.opt_model",
         is_hf_folder=True,
-        build=_demo_language_model if name == "demo" else None,
+        build=_BUILT_HERE.get(name),
     )
 
 
@@ -96,10 +106,10 @@ def opt_config(name: str, folder: Optional[Path]) -> OPTConfig:
     """
     if folder is not None:
         return OPTConfig.from_pretrained(str(folder))
-    if name == "demo":
+    if name in _BUILT_HERE:
         from lavis_kvmod.demo import parts
 
-        return parts.language_model_config()
+        return parts.language_model_config(parts.DEMO if name == "demo" else parts.PAGES)
     if name not in _OPT_GEOMETRY:
         raise MissingWeightsError(
             f"language model: {name} is not on this machine, and its size is only known for {', '.join(_OPT_GEOMETRY)}"

@@ -95,6 +95,19 @@ class FrozenFeatureCache:
             self._bytes_left -= needed
         return not self._is_full
 
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def entries(self) -> Dict[str, FrozenFeatures]:
+        """What is remembered, by key."""
+        return dict(self._by_key)
+
+    def remember(self, entries: Dict[str, FrozenFeatures]) -> None:
+        """Take over what was encoded elsewhere, as far as there is room; the tensors are shared."""
+        for key, own in entries.items():
+            if key not in self._by_key and self._has_room_for(own):
+                self._by_key[key] = own
+
     def clear(self) -> None:
         """Forget everything: the encoders' weights have changed."""
         self._by_key.clear()

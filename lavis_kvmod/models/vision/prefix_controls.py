@@ -8,7 +8,7 @@
 ``vit``        the mean of the ViT's own tokens: the same way, without new information
 =============  ========================================================================================================
 
-All have the same trained parameters. ``shuffled`` at test time alone tells whether a trained model uses its prefix.
+All have the same trained parameters. Swapping at test time alone tells whether a trained model uses its prefix.
 """
 
 import torch
@@ -21,11 +21,12 @@ __all__ = ["PREFIX_CONTROLS", "controlled"]
 PREFIX_CONTROLS = ("none", "constant", "shuffled", "untrained", "vit")
 
 
-def controlled(control: str, features: FrozenFeatures) -> FrozenFeatures:
-    """Features whose ``pooled`` (b, …, f) are replaced by the control's, of the same shape.
+def controlled(control: str, features: FrozenFeatures, swap: bool = False) -> FrozenFeatures:
+    """Features whose ``pooled`` (b, …, f) are replaced by the control's, of the same shape; with ``swap`` each image
+    has what another one would have.
 
-    ``shuffled`` takes those of the batch's next image, which is another one where the batch shows each image once
-    (``run.group_by_image``); a batch of one image keeps its own.
+    Another image is the one before in the batch, where each image is there once (``run.group_by_image``); a batch of
+    one image keeps its own.
 
     Raises:
         ValueError: for an unknown control.
@@ -33,13 +34,15 @@ def controlled(control: str, features: FrozenFeatures) -> FrozenFeatures:
     if control not in PREFIX_CONTROLS:
         raise ValueError(f"prefix_control: expected one of {', '.join(PREFIX_CONTROLS)}; got {control!r}")
     pooled = features.pooled
-    if pooled is None or control in ("none", "untrained"):  # an untrained encoder's features are its own
+    if pooled is None:
         return features
     if control == "constant":
-        return features._replace(pooled=torch.ones_like(pooled))
-    if control == "shuffled":
-        return features._replace(pooled=pooled.roll(1, dims=0))
-    return features._replace(pooled=_as_wide(features.visual_tokens.mean(1), pooled))
+        pooled = torch.ones_like(pooled)
+    elif control == "vit":
+        pooled = _as_wide(features.visual_tokens.mean(1), pooled)
+    elif control == "shuffled":
+        pooled = pooled.roll(1, dims=0)
+    return features._replace(pooled=pooled.roll(1, dims=0) if swap else pooled)
 
 
 def _as_wide(mean: Tensor, like: Tensor) -> Tensor:

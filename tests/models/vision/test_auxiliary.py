@@ -180,8 +180,9 @@ def test_each_control_puts_other_features_in_the_same_place(build, images):
     untrained = pooled_of(found["untrained"], batch)
     assert torch.equal(untrained, pooled_of(build(seed=5, prefix_control="untrained"), batch))
     assert 0.05 < untrained.std() < 20
-    own.prefix_control = "shuffled"  # at test time, of a trained model
+    own.swap_prefix = found["vit"].swap_prefix = True  # at test time, of a trained model
     assert torch.equal(pooled_of(own, batch), pooled[[2, 0, 1]])
+    assert torch.equal(pooled_of(found["vit"], batch)[:, : tokens.shape[2]], tokens.mean(1)[[2, 0, 1]])
 
 
 def test_a_control_needs_a_prefix_and_a_known_name(build, images):

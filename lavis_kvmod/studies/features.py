@@ -1,0 +1,69 @@
+"""What the frozen encoders say of the images: computed once, and shared by all arms that would compute the same."""
+
+import logging
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch
+
+from lavis_kvmod.models.vision.feature_cache import FrozenFeatureCache, FrozenFeatures
+from lavis_kvmod.weights.files import whole_or_nothing
+
+__all__ = ["compute_features", "share_features"]
+
+_TOGETHER = 64
+
+# In this process, by file: its trainings share the tensors.
+_loaded: Dict[str, Dict[str, FrozenFeatures]] = {}
+
+
+def compute_features(runner: Any, path: Path) -> int:
+    """Encode every image of a run's data, and write what was said of them to ``path``.
+
+    Returns:
+        How many images; 0, with a line in the log, where a run remembers none (``cache_frozen_features`` is off, or
+        its images are augmented).
+    """
+    model = runner.unwrap_dist_model(runner.model)
+    cache: Optional[FrozenFeatureCache] = getattr(model, "feature_cache", None)
+    if cache is not None:
+        model.eval()
+        # As LAVIS's runner has them before it makes loaders: data set -> split -> data.
+        for dataset in [data for splits in runner.datasets.values() for data in splits.values()]:
+            for batch in _batches(dataset):
+                with torch.no_grad(), runner.autocast():
+                    model.frozen_features({**batch, "image": batch["image"].to(runner.device)})
+    if not cache:
+        logging.info("features are not shared: cache_frozen_features is off, or images are augmented")
+        return 0
+    with whole_or_nothing(path) as temporary:
+        torch.save({key: tuple(own) for key, own in cache.entries().items()}, temporary)
+    return len(cache)
+
+
+def share_features(runner: Any, path: Path) -> None:
+    """Give a run the features of a file that `compute_features` has written, if it did."""
+    cache = getattr(runner.unwrap_dist_model(runner.model), "feature_cache", None)
+    if cache is None or not path.is_file():
+        return
+    if str(path) not in _loaded:
+        _loaded.clear()  # members come seed by seed, and a file may be large
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        _loaded[str(path)] = {key: FrozenFeatures(*own) for key, own in saved.items()}
+    cache.remember(_loaded[str(path)])
+
+
+def _batches(dataset: Any) -> Iterator[Dict[str, Any]]:
+    """Each image of a data set once, with its key; nothing where images have no key."""
+    image_of = getattr(dataset, "image_of", None)
+    if image_of is None:
+        return
+    firsts = list({image_of(i): i for i in reversed(range(len(dataset)))}.values())
+    for start in range(0, len(firsts), _TOGETHER):
+        samples: List[Dict[str, Any]] = [dataset[i] for i in firsts[start : start + _TOGETHER]]
+        if any("image_key" not in sample for sample in samples):
+            return
+        yield {
+            "image": torch.stack([sample["image"] for sample in samples]),
+            "image_key": [sample["image_key"] for sample in samples],
+        }
