@@ -189,4 +189,160 @@ class KVModBase(Blip2Base):
         else:
             features = self.feature_cache(keys, image, self._encode_to_keep)
         if surrounding_autocast(self.device.type) is None:  # what is trained then computes in float32
+            features = features._replace(
+                visual_tokens=features.visual_tokens.to(cast(Tensor, self.ln_vision.weight).dtype)
+            )
         return controlled(self.prefix_control, features, swap=self.swap_prefix)
+
+    def fingerprint(self) -> Dict[str, str]:
+        """What the frozen encoders' features depend on: see `lavis_kvmod.models.vision.feature_files.fingerprint`."""
+        return fingerprint(
+            self.image_size,
+            None if self.aux_encoder is None else self.aux_encoder.image_size,
+            visual_encoder=self.visual_encoder,
+            ln_vision=self.ln_vision,
+            aux_encoder=self.aux_encoder,
+        )
+
+    def open_feature_files(self) -> None:
+        """Have features read from ``feature_cache_dir``, if one was named; to be called when all weights are loaded.
+
+        Raises:
+            FeatureFilesError: if there are none, or they are of other encoders.
+        """
+        if self.feature_cache is not None and self.feature_cache_dir is not None:
+            self.feature_cache.files = FeatureFiles(absolute(self.feature_cache_dir), self.fingerprint())
+
+    def _encode_to_keep(self, image: Tensor) -> FrozenFeatures:
+        """In the precision of the tower's weights: autocast adds a half-precision tower's layers up in float32."""
+        features = self._encode_image(image)
+        return features._replace(visual_tokens=features.visual_tokens.to(stored_dtype(self.visual_encoder)))
+
+    def _encode_image(self, image: Tensor) -> FrozenFeatures:
+        """(b, 3, H, H) -> visual tokens (b, n, width), pooled auxiliary features (b, f) or None."""
+        with self.autocast_for(self.visual_encoder):
+            with torch.no_grad() if self.freeze_vit else contextlib.nullcontext():
+                visual_tokens = self.ln_vision(self.visual_encoder(image))
+            pooled = None if self.aux_encoder is None else self.aux_encoder(image)
+        return FrozenFeatures(visual_tokens, pooled)
+
+    def queries(self, rows: int) -> Optional[Tensor]:
+        """The query tokens for each of ``rows`` images (rows, q, hidden); None where the connector reads none."""
+        return None if self.query_tokens is None else self.query_tokens.expand(rows, -1, -1)
+
+    def prefixes(self, pooled: Optional[Tensor]) -> Optional[List[KVPrefix]]:
+        """Pooled features (b, f) -> one prefix for each cross-attention layer, or None without KV modulation."""
+        if self.kv_prefix is None or pooled is None:
+            return None
+        return prefix_of_each_layer(self.kv_prefix, pooled, self.Qformer.num_cross_attention_layers, self.kv_gate)
+
+    # ------------------------------------------------------------ one image, many texts
+
+    @torch.no_grad()
+    def prefix_attention_share(self, samples: Dict[str, Any]) -> Optional[float]:
+        """How much of its attention the Q-Former gives to the prefix, in [0, 1]; None without KV modulation.
+
+        The mean over images, cross-attention layers, heads and queries. With a gate, whose two softmaxes each sum to
+        one, it is |tanh(g)| / (1 + |tanh(g)|).
+        """
+        if self.kv_prefix is None:
+            return None
+        maps = torch.stack(self.encode(samples, output_attentions=True).query_output.cross_attentions).float().abs()
+        of_prefix = maps[..., : self.kv_prefix.prefix_tokens.shape[0]].sum(-1)
+        return (of_prefix / maps.sum(-1)).mean().item()
+
+    # ------------------------------------------------------------ precision
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is. (LAVIS lists all parameters to say so.)"""
+        return cast(Tensor, self.ln_vision.weight).device
+
+    def autocast_for(self, part: nn.Module) -> ContextManager[None]:
+        """The context that a part computes in: see `computes_in`. A surrounding autocast (the run's) stays in force."""
+        device_type = self.device.type
+        surrounding, stored = surrounding_autocast(device_type), stored_dtype(part)
+        dtype = computes_in(stored, surrounding)
+        return autocast(device_type, None if dtype in (surrounding, torch.float32) else dtype)
+
+    def float(self) -> "KVModBase":
+        """What LAVIS's ``load_model`` calls for the CPU: trained parameters in float32, frozen half-precision ones in
+        bfloat16 where the processor has it (float32 would double their memory), else in float32."""
+        has_bf16 = cpu_has_bf16()
+        for parameter in self.parameters():
+            target = torch.float32 if parameter.requires_grad else frozen_dtype_on_cpu(parameter.dtype, has_bf16)
+            parameter.data = parameter.data.to(target)
+        return self
+
+    # ------------------------------------------------------------ building and loading
+
+    @classmethod
+    def default_config_path(cls, model_type: str) -> str:
+        """Absolute path of a model type's YAML.
+
+        Raises:
+            ValueError: for an unknown type, naming the known ones.
+        """
+        if model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
+            known = ", ".join(cls.PRETRAINED_MODEL_CONFIG_DICT)
+            raise ValueError(f"model_type: expected one of {known}; got {model_type!r}")
+        return str(resource(cls.PRETRAINED_MODEL_CONFIG_DICT[model_type]))
+
+    @classmethod
+    def from_settings(cls, settings: Any, load: bool = True) -> "KVModBase":
+        """The parts that the settings describe, put together; frozen towers with their weights if ``load``."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any]) -> "KVModBase":
+        """Build from a ``model:`` section: frozen towers from their files, then the checkpoint it names.
+
+        Raises:
+            SettingsError: listing all faults of the section.
+            MissingWeightsError: listing all weights that cannot be had, before any is loaded.
+        """
+        settings = cls.settings_class.from_config(cfg)
+        finding.require(settings.weight_files())
+        model = cls.from_settings(settings)
+        loading.load_named_checkpoint(model, settings)
+        model.open_feature_files()
+        return model
+
+    @classmethod
+    def without_weights(cls, cfg: Mapping[str, Any]) -> "KVModBase":
+        """The model of a ``model:`` section without memory for its weights: for counting, not for running.
+
+        Raises:
+            SettingsError: as `from_config`.
+            MissingWeightsError: if the language model's size is not known.
+        """
+        with empty_weights():
+            return cls.from_settings(cls.settings_class.from_config(cfg), load=False)
+
+    def load_checkpoint(self, url_or_filename: str) -> LoadReport:
+        """See `lavis_kvmod.models.loading.load_checkpoint`."""
+        return loading.load_checkpoint(self, url_or_filename)
+
+    load_from_pretrained = load_checkpoint
+
+    def after_loading(self, report: LoadReport) -> None:
+        """What a member does once a checkpoint was loaded."""
+
+
+class SoftPromptModel(KVModBase):
+    """A member whose query outputs become the soft prompt of a language model. A batch may show an image once for
+    several samples, and may bring soft prompts that have been computed before."""
+
+    def num_samples(self, samples: Mapping[str, Any]) -> int:
+        """How many samples a batch has: texts, where ``image_index`` tells which image each belongs to, else images."""
+        return len(samples["image_index"] if "image_index" in samples else samples["image"])
+
+    def soft_prompts(self, samples: Dict[str, Any]) -> Tensor:
+        """The soft prompt of each sample, (b, q, width). An image is encoded once, however many samples show it
+        (``image_index`` (b,)), and not at all if `encoded` has been given the batch."""
+        soft_prompt = samples["soft_prompt"] if "soft_prompt" in samples else self.encode(samples).soft_prompt
+        return soft_prompt[samples["image_index"]] if "image_index" in samples else soft_prompt
+
+    def encoded(self, samples: Dict[str, Any]) -> Dict[str, Any]:
+        """The batch with the soft prompts of its images, for several passes (answers and a loss) over the same ones."""
+        return {**samples, "soft_prompt": self.encode(samples).soft_prompt}

@@ -180,16 +180,6 @@ class Blip2OPTKVMod(SoftPromptModel):
             row, token_loss = token_losses(self.opt_model, soft_prompt, text)
         return mean_loss(token_loss, None if row_weights is None else row_weights.to(row.device)[row])
 
-    @torch.no_grad()
-    def answer_log_probs(self, samples: Dict[str, Any]) -> Tensor:
-        """The log-probability of each answer of a batch as `forward` takes it, with its closing newline: (k,)."""
-        contexts = self._question_contexts(samples)
-        rows, answers, _ = answers_of(samples, draw=False)
-        text = answer_batch(self.opt_tokenizer, [contexts[i] for i in rows.tolist()], answers, self.device)
-        with self.autocast_for(self.opt_model):
-            row, token_loss = token_losses(self.opt_model, self.soft_prompts(samples)[rows], text)
-        return token_loss.new_zeros(len(answers)).index_add(0, row, -token_loss)
-
     # ------------------------------------------------------------ generation
 
     @torch.no_grad()

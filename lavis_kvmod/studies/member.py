@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional
 import torch
 from lavis.datasets.data_utils import prepare_sample
 
+from lavis_kvmod.models.language.log_probs import answer_log_probs
 from lavis_kvmod.studies.features import share_features
 from lavis_kvmod.studies.study import Member
 from lavis_kvmod.tasks.evaluation import plain_id
@@ -60,7 +61,7 @@ def train_member(
         "attention_share": _attention_share(runner, member.split),
         "questions": [{**row, "log_prob": log_probs.get(row["id"])} for row in questions],
     }
-    if getattr(model, "kv_prefix", None) is not None:
+    if getattr(model, "aux_encoder", None) is not None:
         _add_swapped(runner, member.split, result["questions"])
     result["seconds"] = round(time.monotonic() - start, 1)
     with whole_or_nothing(member.folder / RESULT) as temporary:
@@ -104,14 +105,14 @@ def _questions(runner: Any, split: str, epoch: str) -> List[Dict[str, Any]]:
 def _log_probs(runner: Any, split: str) -> Dict[str, float]:
     """The right answer's log-probability by question, where a question has one answer."""
     model, found = runner.unwrap_dist_model(runner.model), {}
-    if not hasattr(model, "answer_log_probs"):
+    if not hasattr(model, "opt_model"):
         return {}
     for batch in runner.dataloaders[split]:
         samples = runner.task.as_trained(model, prepare_sample(batch, cuda_enabled=runner.cuda_enabled))
         if not runner.task.has_targets(samples) or any(int(count) != 1 for count in samples["n_answers"]):
             continue
         with runner.autocast():
-            values = model.answer_log_probs(samples).tolist()
+            values = answer_log_probs(model, samples).tolist()
         found.update({str(plain_id(key)): round(value, 4) for key, value in zip(samples["question_id"], values)})
     return found
 

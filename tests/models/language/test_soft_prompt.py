@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lavis_kvmod.models.language.decoding import Search
+from lavis_kvmod.models.language.log_probs import answer_log_probs
 from lavis_kvmod.models.language.soft_prompt import ROWS_AT_ONCE, continue_texts, rank_answers
 from lavis_kvmod.models.language.text import answer_ids
 
@@ -151,3 +152,11 @@ def test_the_fewest_tokens_are_new_ones(build, images):
         for text in answers + captions:
             ends = text.num_tokens < 12  # the newline counts where there is one
             assert text.num_tokens - ends >= least
+
+
+def test_the_log_probabilities_of_given_answers_are_the_losses(build, vqa_batch):
+    model = build().eval()
+    found = answer_log_probs(model, vqa_batch)
+    rows = [0, 0, 0, 1]
+    for value, row, answer in zip(found.tolist(), rows, vqa_batch["answer"]):
+        assert value == pytest.approx(log_probability(model, one(vqa_batch, row), answer), abs=1e-4)
