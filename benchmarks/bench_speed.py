@@ -324,35 +324,6 @@ def timed(work: Work, device: str) -> Callable[[], float]:
     return run
 
 
-class _NoModules(contextlib.nullcontext):
-    """In the place of PyTorch's tracker of modules: everything is counted together."""
-
-    parents = ("Global",)
-
-
-def count_flops(work: Work) -> int:
-    """Multiplications and additions of one run, by PyTorch's counter."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = _NoModules()  # its own hooks do not stand a frozen part behind a trained one
-    with counter:
-        work()
-    return counter.get_total_flops()
-
-
-def matrix_peak(device: str, precision: str) -> float:
-    """FLOPs a second of one large product, the most this machine gives."""
-    import torch
-
-    from lavis_kvmod.system.precision import DTYPES
-
-    size = 8192 if device == "cuda" else 2048
-    a = torch.randn(size, size, device=device).to(DTYPES[precision])
-    run = timed(lambda: a @ a, device)
-    return 2 * size**3 / min(run() for _ in range(8))
-
-
 class HFSide:
     """A process of the environment that has a current transformers."""
 
@@ -450,6 +421,11 @@ def versions() -> Dict[str, str]:
 
 def measure_row(bench: Bench, row: Row, sides: Sides, runs: int, peaks: Dict[str, float]) -> Dict[str, Any]:
     """A row's figures against stock, or against ours in another way."""
+    import torch
+
+    from lavis_kvmod.system.flops import counted_flops, matrix_peak
+    from lavis_kvmod.system.precision import DTYPES
+
     ours = getattr(bench, row.ours)(row)
     taking_turns = {"ours": (timed(ours, bench.device), runs)}
     if row.stock:
@@ -458,8 +434,10 @@ def measure_row(bench: Bench, row: Row, sides: Sides, runs: int, peaks: Dict[str
         taking_turns["base"] = (timed(getattr(bench, row.base)(row), bench.device), runs)
     median = sides.medians(taking_turns)
     if row.precision not in peaks:
-        peaks[row.precision] = matrix_peak(bench.device, row.precision)
-    flops = count_flops(ours)
+        peaks[row.precision] = matrix_peak(torch.device(bench.device), DTYPES[row.precision])
+    with counted_flops() as counted:
+        ours()
+    flops = counted[0]
     found: Dict[str, Any] = {**key_of(row), "questions": row.questions, "ours_s": round(median["ours"], 4)}
     if row.stock:
         found["stock_s"] = round(median["stock"] * row.stock_times, 4)

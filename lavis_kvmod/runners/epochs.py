@@ -1,9 +1,10 @@
 """The part of `RunnerKVMod` that trains an epoch, or what is left of one."""
 
+import contextlib
 import itertools
 import logging
 import math
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from lavis.common.dist_utils import is_main_process
@@ -15,7 +16,9 @@ from lavis_kvmod.runners.saving import SavesRuns
 from lavis_kvmod.runners.signals import Stopped
 from lavis_kvmod.runners.steps import StepResult
 from lavis_kvmod.runners.training_state import get_rng_state, set_rng_state
-from lavis_kvmod.system.distributed import gather
+from lavis_kvmod.system.distributed import gather, get_world_size
+from lavis_kvmod.system.flops import counted_flops, matrix_peak
+from lavis_kvmod.system.precision import amp_dtype
 from lavis_kvmod.system.progress import Progress
 
 __all__ = ["TrainsEpochs"]
@@ -23,6 +26,9 @@ __all__ = ["TrainsEpochs"]
 
 class TrainsEpochs(SavesRuns):
     """Reads `train_loader`, `gradient_step` and `schedule`; moves `state` on."""
+
+    # Seconds that a sample takes at this machine's matrix peak; None until the first batch is counted.
+    _peak_seconds: Optional[float] = None
 
     def train_epoch(self, epoch: int) -> Dict[str, Any]:
         """Train what is left of an epoch; returns its facts for log.txt.
@@ -45,15 +51,16 @@ class TrainsEpochs(SavesRuns):
         self._unread: List[str] = []  # what could not be read for the step that is being computed
         batches = itertools.islice(loader, max(0, total - state.batch))
         progress = Progress(batches, f"epoch {epoch}", self.log_freq, start=state.batch, total=total)
-        pace = Pace(len(loader) * self.max_epoch, done=self._batches_done(), samples=state.samples)
-        samples = None
+        pace = Pace(len(loader) * self.max_epoch, self._batches_done(), state.samples, get_world_size())
+        samples, facts = None, {}
         for i, samples in enumerate(progress, start=state.batch):
             pace.got_data()
             samples = on_device(samples, self.device)
             samples.update(epoch=epoch, num_iters_per_epoch=total, iters=i)
             is_last, stop = self._train_batch(samples, i, total)
             state.batch = i + 1
-            pace.done_batch()
+            pace.done_batch(len(samples.get("image", ())))
+            self.profiler.step()
             rate = self.optimizer.param_groups[0]["lr"]
             progress.status(f"loss {state.mean_loss():.4f} lr {rate:.2e}")
             if (i + 1) % self.log_freq == 0 or i + 1 == total:
@@ -62,7 +69,7 @@ class TrainsEpochs(SavesRuns):
                     "batch": i + 1,
                     "loss": round(state.mean_loss(), 4),
                     "lr": rate,
-                    **pace.facts(state.samples, self.device),
+                    **pace.facts(state.samples, self.device, self._peak_seconds or 0.0),
                 }
                 self.log.timing(facts, self._batches_done())
             if is_last and state.batch < total:  # at the end of the epoch there is more to save
@@ -70,7 +77,35 @@ class TrainsEpochs(SavesRuns):
             pace.ask_for_data()
         if state.batch != total:
             raise RuntimeError(f"the loader of the training data promised {total} batches and gave {state.batch}")
+        self._log_pace(epoch, facts)
         return self._epoch_facts(epoch, samples)
+
+    def _log_pace(self, epoch: int, facts: Dict[str, Any]) -> None:
+        """How fast the epoch was, and with ``log_peak_memory`` what it took."""
+        if not facts:
+            return
+        share = facts.get("matrix_peak_share")
+        of_peak = "" if share is None else f", {100 * share:.1f} % of what a large product of matrices reaches here"
+        logging.info("train, epoch %d: %.1f images/s%s", epoch, facts["images_per_second"], of_peak)
+        if not self.settings.log_peak_memory:
+            return
+        text = f"{facts['memory_gib']:.2f} GiB of this process"
+        if self.device.type == "cuda":
+            reserved = torch.cuda.max_memory_reserved(self.device) / 2**30
+            text += f", {facts['gpu_memory_gib']:.2f} GiB allocated on the GPU ({reserved:.2f} reserved)"
+            torch.cuda.reset_peak_memory_stats(self.device)
+        logging.info("train, epoch %d: at most %s", epoch, text)
+
+    @contextlib.contextmanager
+    def _counted_once(self, num_samples: int) -> Iterator[None]:
+        """Count what this process's first batch computes."""
+        if self._peak_seconds is not None or not num_samples or self.settings.fsdp:
+            yield
+            return
+        with counted_flops() as found:
+            yield
+        dtype = amp_dtype(self.amp, self.device.type) or torch.float32
+        self._peak_seconds = found[0] / num_samples / matrix_peak(self.device, dtype)
 
     def _train_batch(self, samples: Dict[str, Any], i: int, total: int) -> Tuple[bool, bool]:
         """Whether a step was due, and whether some rank was asked to stop."""
@@ -81,12 +116,13 @@ class TrainsEpochs(SavesRuns):
         self.schedule.set(epoch=state.epoch, step=i // accumulate, steps_per_epoch=-(-total // accumulate))
         bad_samples = samples.pop("bad_samples", [])
         size = 0 if samples.get(PADDING) else _num_samples(samples)
-        self.gradient_step.add(
-            samples,
-            num_batches=group_size,
-            is_last=is_last,
-            counts=[size, len(bad_samples), self.signals.received is not None],
-        )
+        with self._counted_once(size):
+            self.gradient_step.add(
+                samples,
+                num_batches=group_size,
+                is_last=is_last,
+                counts=[size, len(bad_samples), self.signals.received is not None],
+            )
         self._unread.extend(bad_samples)
         if not is_last:
             return False, False

@@ -14,6 +14,7 @@ from torch import nn
 from lavis_kvmod.datasets.loading.loader import Loader
 from lavis_kvmod.runners.loaders import make_loader, make_loaders
 from lavis_kvmod.runners.optimizers import build_optimizer
+from lavis_kvmod.runners.profiling import BatchProfiler
 from lavis_kvmod.runners.run_folder import RunFolder, checkpoint_problem, find_newest_run
 from lavis_kvmod.runners.run_log import RunLog
 from lavis_kvmod.runners.schedules import Schedule
@@ -159,6 +160,11 @@ class RunParts(RunnerBase):
             model = self.unwrap_dist_model(self.model)
             self._optimizer = build_optimizer(model, self.config.run_cfg) or super().optimizer
         return self._optimizer
+
+    @cached_property
+    def profiler(self) -> BatchProfiler:
+        """What looks at some batches, if ``run.profiler`` asks for it."""
+        return BatchProfiler(self.settings.profiler, self.output_dir, self.device)
 
     @property
     def schedule(self) -> Schedule:

@@ -58,6 +58,7 @@ class RunnerKVMod(TrainsEpochs):
             logging.info("Training time %s", datetime.timedelta(seconds=round(time.monotonic() - start)))
             return logs
         finally:
+            self.profiler.close()
             self.log.close()
             self.folder.release()
 

@@ -2,8 +2,9 @@
 
 from typing import Any, Dict, List, Literal, Optional, Union
 
+from lavis_kvmod.runners.profiling import ProfilerSettings
 from lavis_kvmod.runners.run_log import is_installed
-from lavis_kvmod.system.schema import Settings, key
+from lavis_kvmod.system.schema import Settings, key, not_known
 
 __all__ = ["NOT_READ", "RunSettings", "RunnerSettings"]
 
@@ -112,6 +113,13 @@ class RunnerSettings(RunSettings):
     wandb: Union[bool, Dict[str, Any]] = key(
         False, "`true`, or arguments of `wandb.init`", expected="true, false or arguments of wandb.init"
     )
+    profiler: Union[bool, Dict[str, Any]] = key(
+        False,
+        "`true`, or `{skip, batches}` (5 and 3): PyTorch's profiler looks at some batches and writes `profile/` into "
+        "the run's folder",
+        expected="true, false or {skip, batches}",
+    )
+    log_peak_memory: bool = key(False, "log the most memory that each epoch's training took, on the GPU from its start")
     dist_timeout: float = key(60.0, "minutes after which a process gives up waiting for the others", gt=0)
     train_dataset_ratios: Optional[Dict[str, float]] = key(
         None,
@@ -138,6 +146,10 @@ class RunnerSettings(RunSettings):
                 f"train_dataset_ratios: expected numbers above 0, got {self.train_dataset_ratios}; leave out "
                 "of the run file what is not to be trained on"
             )
+        if isinstance(self.profiler, dict):
+            unknown = [not_known(name, ProfilerSettings.model_fields) for name in self.profiler]
+            told = [text for name, text in zip(self.profiler, unknown) if name not in ProfilerSettings.model_fields]
+            found += [f"profiler: {text}" for text in [*told, *ProfilerSettings.check(self.profiler)[1]]]
         if self.patience is not None and not self.valid_splits:
             found.append("patience: it counts validations, and run.valid_splits is empty; set both, or neither")
         for name, wanted in (("tensorboard", self.tensorboard is True), ("wandb", bool(self.wandb))):

@@ -262,6 +262,20 @@ def test_what_is_written_beside_the_checkpoints(write_run, runs, tmp_path):
     timing = [json.loads(line) for line in (folder / "timing.txt").read_text().splitlines()]
     assert [line["batch"] for line in timing] == [3, 6, 7]
     assert {"samples_per_second", "data_wait_share", "hours_to_go", "memory_gib", "loss", "lr"} <= set(timing[0])
+    assert all(0 < line["matrix_peak_share"] < 1 and line["images_per_second"] > 0 for line in timing)
+
+
+def test_the_profiler_looks_at_some_batches(write_run, runs, capsys):
+    train(write_run(max_epoch=1, valid_splits=[], profiler={"skip": 2, "batches": 2}, log_peak_memory=True))
+    (table,) = (runs()[0] / "profile").glob("operators-rank0.txt")
+    assert "aten::addmm" in table.read_text()
+    trace = json.loads((runs()[0] / "profile" / "trace-rank0.json").read_text())
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"ProfilerStep#2", "ProfilerStep#3"} <= names and "ProfilerStep#4" not in names
+    said = capsys.readouterr().err
+    assert "epoch 0: at most" in said and " images/s, " in said
+    with pytest.raises(ConfigurationError, match="profiler: skip: expected"):
+        load_config(write_run(profiler={"skip": 0}))
 
 
 def test_the_share_leaves_the_runs_randomness_alone(write_run, runs, monkeypatch):
@@ -278,9 +292,10 @@ def test_pace_by_a_clock_of_its_own():
     pace = Pace(total=12, done=2, samples=10, clock=lambda: next(now))
     for _ in range(2):
         pace.got_data()  # after 1 s, after 2 s
-        pace.done_batch()
+        pace.done_batch(images=2)
         pace.ask_for_data()  # after 3 s, after 1 s
-    facts = pace.facts(26, torch.device("cpu"))
+    facts = pace.facts(26, torch.device("cpu"), peak_share_of=0.1)
+    assert facts["images_per_second"] == 0.5 and facts["matrix_peak_share"] == 0.2
     assert facts["samples_per_second"] == 2.0 and facts["hours_to_go"] == round(8 * 8 / 2 / 3600, 3)
     assert facts["data_wait_share"] == round(3 / 8, 3)
 
