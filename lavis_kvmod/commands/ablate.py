@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, Dict
@@ -14,7 +15,7 @@ from lavis_kvmod.commands.launch import TOLD, build_runner, load_config, set_up_
 from lavis_kvmod.reports.study import study_html, study_markdown
 from lavis_kvmod.runners.environment import environment
 from lavis_kvmod.studies.results import summarise
-from lavis_kvmod.studies.running import Tools, run_members
+from lavis_kvmod.studies.running import StudyError, Tools, run_members
 from lavis_kvmod.studies.study import Study, load_study
 from lavis_kvmod.system.paths import absolute
 from lavis_kvmod.weights.files import whole_or_nothing
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--study", required=True, metavar="STUDY.yaml", help="arms, seeds and what is compared")
     parser.add_argument("--output-dir", help="where trainings and results go (default: output/STUDY)")
     parser.add_argument("--jobs", type=int, help="trainings at once (default: one a CPU core; on a GPU one)")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="also put the report into its place in this page")
     parser.add_argument("--keep-checkpoints", action="store_true", help="keep the trained weights of every training")
     parser.add_argument(
         "--options", nargs="+", default=[], metavar="KEY=VALUE", help="override values of the run file in all arms"
@@ -44,9 +46,27 @@ def main(args: argparse.Namespace) -> int:
     except TOLD as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except StudyError as error:
+        print(f"error: {error}. Start again to go on; what is trained is kept", file=sys.stderr)
+        return 1
+    if args.write is not None:
+        args.write.write_text(filled(args.write.read_text(encoding="utf-8"), results), encoding="utf-8")
     print(study_markdown(results))
     print(f"Report: {output / PAGE}\nNumbers: {output / RESULTS}")
     return 0
+
+
+def filled(page: str, results: Dict[str, Any]) -> str:
+    """A page with a study's report between ``<!-- study: NAME -->`` and ``<!-- end -->``, written anew.
+
+    Raises:
+        ValueError: if the page has no place for it.
+    """
+    place = re.compile(rf"(<!-- study: {re.escape(results['study'])} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not place.search(page):
+        raise ValueError(f"expected <!-- study: {results['study']} --> and <!-- end --> in the page, found none")
+    report = re.sub("^#", "##", study_markdown(results), flags=re.MULTILINE)
+    return place.sub(lambda found: f"{found[1]}\n{report}\n{found[2]}", page)
 
 
 def run_study(

@@ -18,9 +18,13 @@ from lavis_kvmod.studies.member import read_result, train_member
 from lavis_kvmod.studies.study import Member
 from lavis_kvmod.system.progress import clock
 
-__all__ = ["OUTPUT", "Tools", "run_members"]
+__all__ = ["OUTPUT", "StudyError", "Tools", "run_members"]
 
 OUTPUT = "output.txt"  # what a training says when several run at once
+
+
+class StudyError(RuntimeError):
+    """A training of a study has failed."""
 
 
 class Tools(NamedTuple):
@@ -41,7 +45,7 @@ def run_members(
         jobs: how many trainings run at once, each in a process of its own; 1 trains in this one.
 
     Raises:
-        RuntimeError: naming the training that failed, and where its output is. The others' results are kept.
+        StudyError: naming the training that failed, and where its output is. The others' results are kept.
     """
     todo = [member for member in members if read_result(member) is None]
     if len(todo) < len(members):
@@ -121,7 +125,7 @@ def _do(jobs: Sequence[_Job], pool: Optional[concurrent.futures.Executor], verb:
         try:
             told = finish()
         except Exception as error:
-            raise RuntimeError(f"{job.name}: {error}") from error
+            raise StudyError(f"{job.name}: {error}") from error
         left = (time.monotonic() - start) / count * (len(jobs) - count)
         logging.info("[%d/%d] %s %s: %s; about %s left", count, len(jobs), verb, job.name, told, clock(left))
 

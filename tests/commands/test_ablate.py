@@ -46,7 +46,13 @@ def study_of(tmp_path, model_config, monkeypatch):
     def write(**overrides):
         (tmp_path / "study.yaml").write_text(json.dumps({**STUDY, **overrides}))
         return Namespace(
-            cfg_path="run.yaml", study="study.yaml", output_dir="out", jobs=1, keep_checkpoints=False, options=[]
+            cfg_path="run.yaml",
+            study="study.yaml",
+            output_dir="out",
+            jobs=1,
+            keep_checkpoints=False,
+            options=[],
+            write=None,
         )
 
     return write
@@ -100,8 +106,38 @@ def test_a_study_is_trained_gone_on_with_and_told(study_of, tmp_path, monkeypatc
     assert "<svg" in page and "http" not in page.replace("http://www.w3.org/2000/svg", "")
     assert "| A5 | the prefix |" in text and "Slope" in text
     trained.clear()
-    assert ablate.main(study_of()) == 0 and not trained
+    (tmp_path / "page.md").write_text("Before\n<!-- study: study -->\nstale\n<!-- end -->\nAfter\n")
+    args = study_of()
+    args.write = tmp_path / "page.md"
+    assert ablate.main(args) == 0 and not trained
+    page = (tmp_path / "page.md").read_text()
+    assert page.startswith("Before\n") and page.endswith("After\n") and "stale" not in page and "\n## study\n" in page
     assert "Report: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_trainings_at_once_give_what_one_after_the_other_does(study_of, tmp_path):
+    found = {}
+    for jobs in (1, 2):
+        args = study_of(seeds=[1], dose={}, arms={name: STUDY["arms"][name] for name in ("A0", "A5")})
+        args.jobs, args.output_dir = jobs, f"jobs{jobs}"
+        assert ablate.main(args) == 0
+        found[jobs] = json.loads((tmp_path / f"jobs{jobs}" / "results.json").read_text())
+        for arm in found[jobs]["arms"].values():
+            arm.pop("seconds")
+    assert found[1] == found[2]
+    (told,) = (tmp_path / "jobs2" / "runs").glob("A5-seed1-*/output.txt")
+    assert "Training time" in told.read_text()
+
+
+def test_a_training_that_fails_is_named(study_of, monkeypatch, capsys):
+    def fails(*given):
+        raise FloatingPointError("loss nan")
+
+    monkeypatch.setattr(running, "_compute", lambda *given: "")
+    monkeypatch.setattr(running, "train_member", fails)
+    assert ablate.main(study_of()) == 1
+    assert "error: A0, seed 1: loss nan. Start again to go on" in capsys.readouterr().err
 
 
 def test_a_bad_study_is_told_whole_before_anything_is_trained(study_of, monkeypatch, capsys):
