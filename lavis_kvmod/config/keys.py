@@ -3,6 +3,22 @@
 import difflib
 from typing import Any, Dict, List, Mapping, NamedTuple, Type
 
+from lavis_kvmod.datasets.settings import (
+    CaptionColumns,
+    CustomCaptionSettings,
+    CustomSettings,
+    CustomVQASettings,
+    DataSettings,
+    FileSettings,
+    ImagesSettings,
+    OfficialSettings,
+    ProcessorSettings,
+    SampleSettings,
+    ShardSettings,
+    SplitSettings,
+    VQAColumns,
+)
+from lavis_kvmod.demo.pages import PageSettings
 from lavis_kvmod.models.settings import (
     Blip2OPTSettings,
     Blip2Settings,
@@ -46,6 +62,20 @@ TABLES: Dict[str, Table] = {
     "kvmod_vqa": Table("run", VQASettings),
     "kvmod_captioning": Table("run", CaptioningSettings),
     "kvmod_retrieval": Table("run", RetrievalSettings),
+    "data": Table("datasets", DataSettings),
+    "data-build-info": Table("datasets", FileSettings),
+    "data-images": Table("datasets", ImagesSettings),
+    "data-split": Table("datasets", SplitSettings),
+    "data-processors": Table("datasets", ProcessorSettings),
+    "data-samples": Table("datasets", SampleSettings),
+    "custom": Table("datasets", CustomSettings),
+    "custom_vqa": Table("datasets", CustomVQASettings),
+    "custom_vqa-columns": Table("datasets", VQAColumns),
+    "custom_caption": Table("datasets", CustomCaptionSettings),
+    "custom_caption-columns": Table("datasets", CaptionColumns),
+    "vqav2": Table("datasets", OfficialSettings),
+    "shards": Table("datasets", ShardSettings),
+    "digits_pages": Table("datasets", PageSettings),
 }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Mapping, Sequence, Union
 
 from lavis_kvmod.datasets.cells import short
+from lavis_kvmod.datasets.settings import SampleSettings
 
 __all__ = ["BadDataError", "BadSampleCounter", "BadSamplePolicy", "PROBLEMS_SHOWN", "some_of"]
 
@@ -46,18 +47,8 @@ class BadSamplePolicy:
         max_bad_share: the share of bad samples above which ``skip`` stops too.
     """
 
-    on_bad_sample: str = "raise"
-    max_bad_share: float = 0.05
-
-    def __post_init__(self) -> None:
-        share = self.max_bad_share
-        problems = []
-        if self.on_bad_sample not in ("raise", "skip"):
-            problems.append(f"on_bad_sample: expected raise or skip, got {self.on_bad_sample!r}")
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            problems.append(f"max_bad_share: expected a number from 0 to 1, got {share!r}")
-        if problems:
-            raise BadDataError(problems)
+    on_bad_sample: str = SampleSettings.default_of("on_bad_sample")
+    max_bad_share: float = SampleSettings.default_of("max_bad_share")
 
     @classmethod
     def from_config(cls, section: Mapping[str, Any]) -> "BadSamplePolicy":
@@ -66,8 +57,11 @@ class BadSamplePolicy:
         Raises:
             BadDataError: for values that are not known.
         """
-        given = {key: section.get(key) for key in ("on_bad_sample", "max_bad_share")}
-        return cls(**{key: value for key, value in given.items() if value is not None})
+        keys = ("on_bad_sample", "max_bad_share")
+        settings, problems = SampleSettings.check({key: section[key] for key in keys if key in section})
+        if problems:
+            raise BadDataError(problems)
+        return cls(settings.on_bad_sample, settings.max_bad_share)
 
     @property
     def skips(self) -> bool:

@@ -7,7 +7,7 @@ found in their folders, every row is checked, and everything that is wrong is to
 import logging
 from collections import Counter
 from functools import partial
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,6 +24,7 @@ from lavis_kvmod.datasets.cells import has_words
 from lavis_kvmod.datasets.image_folders import ImageFolders, MissingImageError, OutsideImageError
 from lavis_kvmod.datasets.images import BadImageError
 from lavis_kvmod.datasets.packaged import PackagedBuilder
+from lavis_kvmod.datasets.settings import DataSettings, FileSettings, ImagesSettings, SampleSettings
 from lavis_kvmod.datasets.storage import looked_for, places, stored, strings
 from lavis_kvmod.system.text_cleaning import one_line
 
@@ -74,6 +75,7 @@ class AnnotationBuilder(PackagedBuilder):
         """What is wrong with a row, its image aside."""
         raise NotImplementedError
 
+    settings_class: Type[DataSettings] = SampleSettings
     target: str  # the key of what a model is to say: "answer" or "caption"
     images_from = ""  # how to get them
 
@@ -105,7 +107,7 @@ class AnnotationBuilder(PackagedBuilder):
 
     @classmethod
     def config_problems(cls, section: DictConfig) -> List[str]:
-        """All that is wrong with a data set's section and the files it names; `lavis_kvmod.config.loading` asks."""
+        """All that is wrong with the section and the files it names."""
         cls._prepared = None
         try:
             cls._prepared = (OmegaConf.to_yaml(section), cls(section).prepare())
@@ -126,12 +128,12 @@ class AnnotationBuilder(PackagedBuilder):
         Raises:
             BadDataError: listing all that is wrong.
         """
-        problems: List[str] = []
-        policy = _collect(problems, lambda: BadSamplePolicy.from_config(self.config))
+        problems = self.section_problems(self.config)
         folders = _collect(problems, self.image_folders)
         splits = _collect(problems, self.annotations)
         if problems:
             raise BadDataError(problems)
+        policy = BadSamplePolicy.from_config(self.config)
         known: Dict[str, Found] = {}
         for split, rows in splits.items():
             for number, row in enumerate(rows, start=1):
@@ -155,18 +157,16 @@ class AnnotationBuilder(PackagedBuilder):
         Raises:
             BadDataError: for folders that are not named or not there.
         """
-        key = f"build_info.{self.data_type}.storage"
-        roots = strings((self.config.build_info.get(self.data_type) or {}).get("storage"))
+        key = "build_info.images.storage"
+        images = ImagesSettings.check(FileSettings.check(self.settings.build_info)[0].images)[0]
+        roots = strings(images.storage)
         if not roots:
             raise BadDataError(f"{key}: not set; set it to the folder of the images, or to a list of folders")
         missing = [looked_for(places(root)) for root in roots if not stored(root).is_dir()]
         if missing:
             how = f"{self.images_from}, or " if self.images_from else ""
             raise BadDataError([f"no folder {path} (images); {how}set {key} to yours" for path in missing])
-        allow_outside = (self.config.build_info.get(self.data_type) or {}).get("allow_outside", False)
-        if not isinstance(allow_outside, bool):
-            raise BadDataError(f"{key[:-8]}.allow_outside: expected true or false, got {allow_outside!r}")
-        return ImageFolders([stored(root) for root in roots], allow_outside)
+        return ImageFolders([stored(root) for root in roots], images.allow_outside)
 
     def _check(self, split: str, rows: Sequence[Annotation], policy: BadSamplePolicy) -> List[Annotation]:
         """The rows that can be used."""

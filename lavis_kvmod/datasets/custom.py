@@ -5,8 +5,9 @@ All keys of a section are in docs/data.md.
 
 import difflib
 import logging
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,32 +25,19 @@ from lavis_kvmod.datasets.cells import (
     read_weight,
     short,
 )
+from lavis_kvmod.datasets.settings import CustomCaptionSettings, CustomSettings, CustomVQASettings
 from lavis_kvmod.datasets.splits import DEFAULT_SEED, split_by_image, split_problems
 from lavis_kvmod.datasets.storage import looked_for, places, stored, strings
 from lavis_kvmod.datasets.tables import Row, Table, read_table
 
 __all__ = ["CustomCaptionBuilder", "CustomVQABuilder"]
 
-# The keys of a section that both builders know.
-_SECTION_KEYS = (
-    *("type", "data_type", "build_info", "vis_processor", "text_processor", "on_bad_sample", "max_bad_share"),
-    *("columns", "split", "format", "delimiter", "encoding"),
-)
-
-
-class Column(NamedTuple):
-    """What may be under a key of ``columns``: must every file have it, and may it be several columns?"""
-
-    required: bool = False
-    several: bool = False
-
 
 class _CustomBuilder(AnnotationBuilder):
     """Reads the files; which columns there are is the subclasses'."""
 
-    COLUMNS: Dict[str, Column]
-    SEPARATOR: str  # the key that tells what stands between several texts in a cell
-    OWN_KEYS: Tuple[str, ...] = ()  # of the section, beside those
+    settings_class: Type[CustomSettings] = CustomSettings
+    REQUIRED: Tuple[str, ...] = ("image",)  # keys of ``columns`` that every file has
     files_from = ""  # how to get the annotations
 
     # ------------------------------------------------------------ which splits
@@ -73,7 +61,7 @@ class _CustomBuilder(AnnotationBuilder):
         Raises:
             BadDataError: listing what is wrong with the section's keys, and with whole files.
         """
-        problems = self._section_problems() + self._missing_files()
+        problems = self._missing_files()
         if problems:
             raise BadDataError(problems)
         splits: Splits = {}
@@ -93,16 +81,16 @@ class _CustomBuilder(AnnotationBuilder):
 
     def divide(self, splits: Splits) -> Splits:
         """``split: {val: 0.1, test: 0.1, seed: 42}`` takes images away from ``train``."""
-        shares = dict(_mapping(self.config, "split"))
+        shares = dict(self.settings.split or {})
         seed = shares.pop("seed", DEFAULT_SEED)
         return {**splits, **split_by_image(splits["train"], shares, seed)} if shares else splits
 
     def _rows(self, path: Path, split: str, called: str) -> List[Annotation]:
-        expected = [name for key in self.COLUMNS for name in self._names(key)]
-        options = {key: self.config.get(key) for key in ("format", "delimiter", "encoding")}
+        expected = [name for names in self._names.values() for name in names]
+        options = {key: getattr(self.settings, key) for key in ("format", "delimiter", "encoding")}
         table = read_table(path, expected=expected, name=called, **options)
         columns = self._columns_in(table, split, called)
-        separator = self.config.get(self.SEPARATOR)  # once: looking into a config costs more than reading a row
+        separator = getattr(self.settings, f"{self.target}_separator")
         rows = [self._annotation(row, columns, separator) for row in table.rows]
         unclear = [text for row in rows for text in row.get(self.target) or () if looks_like_a_list(text)]
         if unclear:
@@ -132,9 +120,11 @@ class _CustomBuilder(AnnotationBuilder):
 
     # ------------------------------------------------------------ columns
 
-    def _names(self, key: str) -> List[str]:
-        """The columns that are to be read for a key: as ``columns`` says, else the one of that name."""
-        return strings(_mapping(self.config, "columns").get(key, key))
+    @cached_property
+    def _names(self) -> Dict[str, List[str]]:
+        """The columns that are to be read for each key: as ``columns`` says, else the one of that name."""
+        columns = self.settings_class.tables["columns"].check(self.settings.columns)[0]
+        return {key: strings(names) for key, names in columns}
 
     def _columns_in(self, table: Table, split: str, called: str) -> Dict[str, List[str]]:
         """The columns to read for each key.
@@ -143,14 +133,13 @@ class _CustomBuilder(AnnotationBuilder):
             BadDataError: listing those that should be there and are not.
         """
         problems, found = [], {}
-        for key, column in self.COLUMNS.items():
-            names = self._names(key)
+        for key, names in self._names.items():
             missing = [name for name in names if name not in table.columns]
-            others = [name for name in table.columns if name not in self.COLUMNS]
+            others = [name for name in table.columns if name not in self._names]
             close = [_did_you_mean(name, others) for name in missing]
             # A file without answers or captions is for prediction; one with a misspelt column is not.
-            required = column.required or (key == self.target and (split == "train" or any(close)))
-            if missing and (required or key in _mapping(self.config, "columns")):
+            required = key in self.REQUIRED or (key == self.target and (split == "train" or any(close)))
+            if missing and (required or key in self.settings.columns):
                 wanted = ", ".join(repr(name) + hint for name, hint in zip(missing, close))
                 problems.append(
                     f"{called}: expected a column {wanted} for columns.{key}; "
@@ -163,22 +152,12 @@ class _CustomBuilder(AnnotationBuilder):
 
     # ------------------------------------------------------------ the section
 
-    def _section_problems(self) -> List[str]:
-        known = (*_SECTION_KEYS, self.SEPARATOR, *self.OWN_KEYS)
-        problems = [_unknown(key, known) for key in self.config if key not in known]
-        for key in ("columns", "split"):
-            if self.config.get(key) is not None and not OmegaConf.is_dict(self.config[key]):
-                problems.append(f"{key}: expected keys with values, got {self.config[key]!r}")
-        for key, names in _mapping(self.config, "columns").items():
-            column = self.COLUMNS.get(key)
-            if column is None:
-                problems.append(f"columns.{_unknown(key, list(self.COLUMNS))}")
-            elif OmegaConf.is_list(names) and not column.several:
-                problems.append(f"columns.{key}: expected the name of one column, got {list(names)}")
-            elif column.required and not strings(names):
-                problems.append(f"columns.{key}: expected the name of a column, got {names!r}")
-        split = _mapping(self.config, "split")
-        return problems + (split_problems(split, list(_files_by_split(self.config))) if split else [])
+    @classmethod
+    def section_problems(cls, section: DictConfig) -> List[str]:
+        """What is wrong with the section's keys and values, and with its shares."""
+        split = _mapping(section, "split")
+        problems = split_problems(split, list(_files_by_split(section))) if split else []
+        return [*super().section_problems(section), *problems]
 
     def _missing_files(self) -> List[str]:
         problems = []
@@ -201,18 +180,8 @@ class CustomVQABuilder(_CustomBuilder, VQABuilder):
     """``custom_vqa``: rows with an image, a question, and one answer or many."""
 
     DATASET_CONFIG_DICT = {"default": "configs/datasets/custom/defaults_vqa.yaml"}
-    SEPARATOR = "answer_separator"
-    OWN_KEYS = ("answer_list",)
-    COLUMNS = {
-        "image": Column(required=True),
-        "question": Column(required=True),
-        "answer": Column(several=True),
-        "weight": Column(several=True),
-        "question_id": Column(),
-        "image_id": Column(),
-        "question_type": Column(),
-        "answer_type": Column(),
-    }
+    settings_class = CustomVQASettings
+    REQUIRED = ("image", "question")
 
     @classmethod
     def splits_read(cls, section: DictConfig, used: Set[str], ranks: bool = False) -> Set[str]:
@@ -242,13 +211,15 @@ class CustomVQABuilder(_CustomBuilder, VQABuilder):
 
     def answer_list(self, splits: Splits) -> Optional[List[str]]:
         """The section's ``answer_list``, else all answers of the train split."""
-        given = self.config.get("answer_list")
+        given = self.settings.answer_list
         return super().answer_list(splits) if given is None else _answer_list(given)
 
-    def _section_problems(self) -> List[str]:
-        problems = super()._section_problems()
+    @classmethod
+    def section_problems(cls, section: DictConfig) -> List[str]:
+        """As for captions, and what is wrong with the list of answers."""
+        problems = super().section_problems(section)
         try:
-            self.answer_list({})
+            cls(section).answer_list({})
         except BadDataError as error:
             problems.append(f"answer_list: {error}")
         return problems
@@ -258,8 +229,7 @@ class CustomCaptionBuilder(_CustomBuilder, CaptionBuilder):
     """``custom_caption``: rows with an image and one caption or many; an image may have several rows."""
 
     DATASET_CONFIG_DICT = {"default": "configs/datasets/custom/defaults_caption.yaml"}
-    SEPARATOR = "caption_separator"
-    COLUMNS = {"image": Column(required=True), "caption": Column(several=True), "image_id": Column()}
+    settings_class = CustomCaptionSettings
 
     def _texts(self, cells: Dict[str, List[Any]], separator: Optional[str]) -> Annotation:
         if not cells["caption"]:
@@ -284,18 +254,13 @@ def _files_by_split(section: DictConfig) -> Dict[str, List[str]]:
 
 def _answer_list(given: Any) -> List[str]:
     """From a list in the YAML file, or from a file."""
-    if not OmegaConf.is_list(given):
-        return read_answer_list(str(given))
-    answers = list(given)
-    if not all(isinstance(answer, str) for answer in answers):
-        raise BadDataError(f"expected texts, got {answers}; YAML wants yes, no and numbers in quotes")
-    return checked_answers(answers, "the list")
+    if isinstance(given, str):
+        return read_answer_list(given)
+    if not all(isinstance(answer, str) for answer in given):
+        raise BadDataError(f"expected texts, got {given}; YAML wants yes, no and numbers in quotes")
+    return checked_answers(given, "the list")
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _unknown(key: str, known: Sequence[str]) -> str:
-    return f"{key}: not a key of this data set{_did_you_mean(key, known)}; known: {', '.join(known)}"

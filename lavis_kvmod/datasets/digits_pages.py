@@ -4,18 +4,18 @@ from functools import lru_cache
 from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
-from omegaconf import DictConfig
 
 from lavis_kvmod.datasets.digits import DigitsVQADataset, DigitsVQAEvalDataset
 from lavis_kvmod.datasets.packaged import PackagedBuilder
+from lavis_kvmod.datasets.settings import DataSettings
 from lavis_kvmod.demo import digits, pages
 from lavis_kvmod.demo.pages import PageSettings
-from lavis_kvmod.system.schema import not_known
 
 __all__ = ["DigitsPagesBuilder", "DigitsPagesDataset", "DigitsPagesEvalDataset"]
 
-# Keys that all builders' sections have.
-_SHARED = ("type", "data_type", "build_info", "vis_processor", "text_processor")
+
+class DigitsPagesSettings(PageSettings, DataSettings):
+    """What ``digits_pages`` reads."""
 
 
 class DigitsPagesDataset(DigitsVQADataset):
@@ -62,17 +62,11 @@ class DigitsPagesEvalDataset(DigitsPagesDataset, DigitsVQAEvalDataset):
 class DigitsPagesBuilder(PackagedBuilder):
     """``digits_pages``: what colour is the seven, which is left of the red one, how many are blue."""
 
+    settings_class = DigitsPagesSettings
     target = "answer"
     train_dataset_cls = DigitsPagesDataset
     eval_dataset_cls = DigitsPagesEvalDataset
     DATASET_CONFIG_DICT = {"default": "configs/datasets/digits/defaults_pages.yaml"}
-
-    @classmethod
-    def config_problems(cls, section: DictConfig) -> List[str]:
-        """What is wrong with a section's keys."""
-        known = PageSettings.model_fields
-        unknown = [not_known(str(name), [*known, *_SHARED]) for name in section if name not in (*known, *_SHARED)]
-        return [*unknown, *PageSettings.check(section)[1]]
 
     def build(self) -> Dict[str, DigitsPagesDataset]:
         """``train``, ``val`` and ``test``.

@@ -1,14 +1,40 @@
 """What all builders of this package share, whatever they read."""
 
-from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+from functools import cached_property
+from typing import Any, List, Type
 
+from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+from omegaconf import DictConfig
+
+from lavis_kvmod.datasets.settings import DataSettings
 from lavis_kvmod.system.paths import resource
 
 __all__ = ["PackagedBuilder"]
 
 
 class PackagedBuilder(BaseDatasetBuilder):
-    """A LAVIS builder whose default YAML files come with this package, and which downloads nothing."""
+    """A LAVIS builder whose default YAML files come with this package, and which downloads nothing.
+
+    Attributes:
+        settings_class: the keys of its section.
+    """
+
+    settings_class: Type[DataSettings] = DataSettings
+
+    @cached_property
+    def settings(self) -> Any:
+        """What the section says, as its `settings_class`, with the default in place of what is wrong."""
+        return self.settings_class.check(self.config)[0]
+
+    @classmethod
+    def config_problems(cls, section: DictConfig) -> List[str]:
+        """All that is wrong with a data set's section and the files it names; `lavis_kvmod.config.loading` asks."""
+        return cls.section_problems(section)
+
+    @classmethod
+    def section_problems(cls, section: DictConfig) -> List[str]:
+        """What is wrong with the section's keys and values."""
+        return cls.settings_class.check_all(section)[1]
 
     @classmethod
     def default_config_path(cls, type: str = "default") -> str:

@@ -2,9 +2,11 @@
 
 What is wrong with a whole file is an error. What is wrong with one row stays with that row, as its ``problem``.
 
-Texts are read by Python's own modules and not by pandas, which loses what is promised here: its fast CSV reader takes
-text behind a closing quotation mark for part of the cell, and shifts rows that have a field too many; its other one is
-Python's, without the line of an error; its JSON reader refuses large ids, and makes ids fractions where one is missing.
+Texts are read by Python's own modules and not by pandas (tried with 3.0, ``dtype=str, keep_default_na=False``), which
+loses what is promised here. CSV: a row with a field too many is cut, or ends the reading (C engine); text behind a
+closing quotation mark becomes part of the cell (C), or its row is dropped unsaid (Python engine), as is all behind a
+mark that is never closed. JSON: one broken line ends the whole reading, ids beyond 64 bits are refused, and ids become
+fractions where one is missing.
 """
 
 import codecs

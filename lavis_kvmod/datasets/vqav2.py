@@ -18,12 +18,11 @@ from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.builder import Splits
 from lavis_kvmod.datasets.image_folders import ImageFolders
 from lavis_kvmod.datasets.official import BenchmarkFile, paths_of, read_vqa
+from lavis_kvmod.datasets.settings import OfficialSettings
 from lavis_kvmod.datasets.storage import stored, strings
 from lavis_kvmod.datasets.vqa_benchmark import BenchmarkVQABuilder
 
 __all__ = ["OfficialVQABuilder", "VQAv2Builder"]
-
-TRAIN_ON = ("train", "trainval")
 
 # The usual candidates for ranking: answers that are the right one more than 8 times in what is trained on
 # (Teney et al., arXiv 1708.02711, section 3).
@@ -36,6 +35,8 @@ class OfficialVQABuilder(BenchmarkVQABuilder):
 
     ``train_on: trainval`` adds val to train, for a test-server submission; there is then no split ``val``.
     """
+
+    settings_class = OfficialSettings
 
     def files(self, split: str, section: DictConfig) -> List[BenchmarkFile]:
         """The files of a split."""
@@ -68,9 +69,7 @@ class OfficialVQABuilder(BenchmarkVQABuilder):
             BadDataError: listing files that are missing (with where to get them), have another layout, or do not
                 belong together.
         """
-        train_on = self.config.get("train_on", "train")
-        if train_on not in TRAIN_ON:
-            raise BadDataError(f"train_on: expected one of {', '.join(TRAIN_ON)}; got {train_on!r}")
+        train_on = self.settings.train_on
         sections = _sections(self.config)
         if train_on == "trainval" and "train" in sections and "val" not in sections:
             raise BadDataError("train_on: trainval, but build_info.annotations has no val")

@@ -69,7 +69,7 @@ class PageSettings(Settings):
 
     def conflicts(self) -> List[str]:
         """More than fits, or than there is."""
-        found = []
+        found = super().conflicts()
         if self.page_size // self.digit_size < self.digits_a_page:
             found.append(
                 f"digits_a_page: {self.digits_a_page} digits of {self.digit_size} pixels do not fit side by side on a "

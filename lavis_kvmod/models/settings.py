@@ -1,6 +1,6 @@
 """Every key of the ``model:`` section: its default, its meaning, its check. Each default stands here and only here."""
 
-from typing import Any, Dict, List, Literal, Mapping, Optional, Sequence, Type, TypeVar
+from typing import Any, ClassVar, Dict, List, Literal, Mapping, Optional, Sequence, Type, TypeVar
 
 from lavis_kvmod.models.connectors import CONNECTORS
 from lavis_kvmod.models.connectors.registry import ConnectorKind
@@ -10,7 +10,7 @@ from lavis_kvmod.models.language.text import check_prompt
 from lavis_kvmod.models.vision.auxiliary import AUXILIARY_ENCODERS, auxiliary_weights
 from lavis_kvmod.models.vision.encoders import VISION_ENCODERS, known_num_tokens, vision_weights
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB
-from lavis_kvmod.system.schema import Settings, SettingsError, key, not_known
+from lavis_kvmod.system.schema import Settings, SettingsError, key
 from lavis_kvmod.weights.finding import WeightFile
 from lavis_kvmod.weights.reading import holds
 
@@ -106,15 +106,14 @@ class ImageSideSettings(Blip2Settings):
         Raises:
             SettingsError: listing every unknown key and every bad value.
         """
-        unknown = [not_known(str(name), cls.model_fields) for name in cfg if name not in cls.model_fields]
-        settings, problems = cls.check(cfg)
-        if unknown or problems:
-            raise SettingsError([*unknown, *problems])
+        settings, problems = cls.check_all(cfg)
+        if problems:
+            raise SettingsError(problems)
         return settings
 
     def conflicts(self) -> List[str]:
         """What is wrong beyond types and bounds, in the user's words; looks at no file."""
-        found = []
+        found = super().conflicts()
         if self.vit_model not in VISION_ENCODERS:
             found.append(VISION_ENCODERS.unknown(self.vit_model))
         if self.aux_encoder not in AUXILIARY_ENCODERS:
@@ -308,17 +307,14 @@ class Stage1Settings(ImageSideSettings):
         False, "as LAVIS: equal texts, and other captions of the same image, count as negatives of each other"
     )
 
+    tables: ClassVar[Dict[str, Type[Settings]]] = {"objectives": ObjectiveSettings, "momentum": MomentumSettings}
+
     def conflicts(self) -> List[str]:
         """As for all models, and what is wrong inside the tables."""
         found = super().conflicts()
         positions = self.qformer_geometry.get("max_position_embeddings", BERT_POSITIONS)
         if isinstance(positions, int) and self.max_txt_len > positions:
             found.append(f"max_txt_len: expected at most BERT's {positions} positions, got {self.max_txt_len}")
-        tables: Dict[str, Type[Settings]] = {"objectives": ObjectiveSettings, "momentum": MomentumSettings}
-        for name, declared in tables.items():
-            given = getattr(self, name) or {}
-            unknown = [not_known(inner, declared.model_fields) for inner in given if inner not in declared.model_fields]
-            found += [f"{name}: {told}" for told in [*unknown, *declared.check(given)[1]]]
         weights = {"itc": 1, "mlm": 0, **(self.objectives or {})}
         if self.momentum is not None and not (weights["itc"] or weights["mlm"]):
             found.append("momentum: it softens the targets of itc and mlm, and both are 0; leave it out, or set one")

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lavis_kvmod.datasets.loading.loader import PADDING
 from lavis_kvmod.system.distributed import all_reduce_tensor, gather
 
-__all__ = ["GradientStep", "StepResult", "identify"]
+__all__ = ["GradientStep", "StepResult"]
 
 
 class StepResult(NamedTuple):
@@ -213,11 +213,6 @@ class GradientStep:
         if self._world_size > 1:
             raise RuntimeError(f"{message}; freeze them (requires_grad_(False)), or use them in the loss")
         logging.warning("%s; they will not change", message)
-
-
-def identify(samples: Dict[str, Any]) -> str:
-    """The ids of a batch's samples, as far as it carries any."""
-    return _named(_ids(samples))
 
 
 def _ids(samples: Dict[str, Any]) -> Optional[Tuple[str, List[Any]]]:

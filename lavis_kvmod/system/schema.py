@@ -10,7 +10,21 @@ choices, tells all faults at once, and LAVIS brings it (through spaCy).
 
 import difflib
 from pathlib import Path
-from typing import Any, Collection, Dict, List, Literal, Mapping, NamedTuple, Sequence, Tuple, Type, TypeVar, Union
+from typing import (
+    Any,
+    ClassVar,
+    Collection,
+    Dict,
+    List,
+    Literal,
+    Mapping,
+    NamedTuple,
+    Sequence,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+)
 from typing import get_args as args_of
 from typing import get_origin as origin_of
 
@@ -74,7 +88,12 @@ class Settings(BaseModel):
     """The keys that a part reads of a section of a run file.
 
     A subclass declares them with `key`, and may find in `conflicts` what types and bounds cannot tell.
+
+    Attributes:
+        tables: what is declared of the keys inside a key that holds a table.
     """
+
+    tables: ClassVar[Dict[str, Type["Settings"]]] = {}
 
     # `protected_namespaces`: LAVIS's key `model_type` looks like one of pydantic's own.
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
@@ -142,9 +161,19 @@ class Settings(BaseModel):
             raise SettingsError(problems, section=cls.__name__)
         return settings
 
+    @classmethod
+    def check_all(cls: Type[SettingsType], section: Mapping[str, Any]) -> Tuple[SettingsType, List[str]]:
+        """As `check`, for a section in which all keys are these: others are problems."""
+        settings, problems = cls.check(section)
+        return settings, [
+            *(not_known(str(n), cls.model_fields) for n in section if n not in cls.model_fields),
+            *problems,
+        ]
+
     def conflicts(self) -> List[str]:
         """What is wrong beyond types and bounds, each ``KEY: …``; looks at no file."""
-        return []
+        of_tables = {name: declared.check_all(getattr(self, name) or {})[1] for name, declared in self.tables.items()}
+        return [f"{name}.{told}" for name, found in of_tables.items() for told in found]
 
 
 def not_known(name: str, known: Collection[str], what: str = "unknown key") -> str:

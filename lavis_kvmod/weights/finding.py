@@ -20,6 +20,9 @@ _HF_WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 
+# Repositories of Hugging Face's first days have no owner in their names.
+_WITHOUT_OWNER = ("bert-base-uncased",)
+
 
 class MissingWeightsError(FileNotFoundError):
     """Weights that are neither on disk nor to be downloaded: which, from where, and the key that takes a path."""
@@ -110,7 +113,8 @@ class WeightFile:
     def _url(self) -> Optional[str]:
         """Where it would be downloaded from, if anywhere."""
         if self.source and self.is_hf_folder:
-            return f"https://huggingface.co/{self.source}" if _names_repository(self.source) else None
+            named = _names_repository(self.source) or self.source in _WITHOUT_OWNER
+            return f"https://huggingface.co/{self.source}" if named else None
         return self.source if self.source and downloads.is_url(self.source) else None
 
     def fetch(self) -> Path:

@@ -37,7 +37,12 @@ def test_counts_are_those_of_the_loaded_model(build, model_config):
         assert Blip2OPTKVMod.without_weights(model_config(**overrides)).parts() == build(**overrides).parts()
 
 
-def test_the_command_prints_the_table_alone_without_allocating_weights():
+def printed_here(capsys):
+    assert cli.main(["params", "--cfg-path", "projects/kvmod/vqa.yaml"]) == 0
+    return capsys.readouterr().out
+
+
+def printed_alone(capsys):
     # Deprecations of LAVIS's pinned dependencies would fill the screen first.
     command = [sys.executable, "-W", "default", "-m", "lavis_kvmod", "params", "--cfg-path", "projects/kvmod/vqa.yaml"]
     script = (
@@ -46,7 +51,12 @@ def test_the_command_prints_the_table_alone_without_allocating_weights():
     )
     done = subprocess.run([sys.executable, "-S", "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert "FutureWarning" not in done.stderr
-    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
+    return done.stdout
+
+
+@pytest.mark.parametrize("printed", [printed_here, pytest.param(printed_alone, marks=pytest.mark.slow)])
+def test_the_command_prints_the_table_alone_without_allocating_weights(printed, capsys):
+    rows = {line.split()[0]: line.split() for line in printed(capsys).splitlines()}
     assert rows["part"] == ["part", "parameters", "state", "dtype", "bytes"]
     for name, count in PUBLISHED.items():
         _, parameters, state, dtype, size = rows[name]
@@ -55,7 +65,8 @@ def test_the_command_prints_the_table_alone_without_allocating_weights():
         assert dtype == {"opt_model": "bfloat16", "visual_encoder": "bfloat16+float32"}.get(name, "float32")
         if name != "visual_encoder":
             assert size == f"{count * (2 if name == 'opt_model' else 4):,}"
-    assert float(rows["peak"][1]) < 2  # the libraries' own; the weights alone are 7.4 GiB
+    if "peak" in rows:
+        assert float(rows["peak"][1]) < 2  # the libraries' own; the weights alone are 7.4 GiB
 
 
 def test_round_figures_of_the_design_are_met_by_the_whole_networks():

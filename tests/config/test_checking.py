@@ -145,9 +145,9 @@ def test_stage_1_needs_what_its_objectives_need():
         path="projects/kvmod/demo_stage1.yaml",
     )
     assert [problem.split(":")[0] for problem in told] == [
+        *["model.objectives.itm", "model.momentum.queue"],
         "model.max_txt_len",
-        *["model.objectives", "model.momentum"],
         "model.momentum",
     ]
-    assert "at most BERT's 512 positions, got 600" in told[0]
+    assert "at most BERT's 512 positions, got 600" in told[2]
     assert "it softens the targets of itc and mlm, and both are 0" in told[-1]

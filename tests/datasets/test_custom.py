@@ -446,8 +446,8 @@ def test_all_that_is_wrong_with_a_section_is_told_at_once(vqa, tmp_path):
         f"no file {tmp_path / 'away.csv'} (annotations of val)",
         f"no folder {tmp_path / 'nowhere'} (images); set build_info.images.storage to yours",
         "on_bad_sample: expected raise or skip, got 'drop'",
-        "colums: not a key of this data set (did you mean 'columns'?)",
-        "columns.imge: not a key of this data set (did you mean 'image'?)",
+        "colums: unknown key; did you mean columns?",
+        "columns.imge: unknown key; did you mean image?",
         "columns.question: expected the name of one column, got ['a', 'b']",
     ):
         assert part in found, part
@@ -661,3 +661,21 @@ def test_photographs_that_are_hard_to_read_are_read(vqa, write_csv, photos):
     names = ["cmyk", "palette", "deep", "moving", "turned", "dot"]
     rows = [{"image": name, "question": "What?", "answer": "a cat"} for name in names]
     assert batch(build(vqa(write_csv("qa.csv", rows)))["train"])["image"].shape == (6, 3, 28, 28)
+
+
+@pytest.mark.parametrize(
+    "key, value, told",
+    [
+        ("build_info.image", {"storage": "x"}, "build_info.image: unknown key; did you mean images?"),
+        ("build_info.images.storge", "x", "build_info.images.storge: unknown key; did you mean storage?"),
+        ("build_info.annotations.train.stored", "x", "build_info.annotations.train.stored: unknown key; did you mean"),
+        ("vis_processor.test", {"name": "x"}, "vis_processor.test: unknown key; known: eval, train"),
+        ("columns.image", None, "columns.image: expected the name of one column, got None"),
+        ("encoding", 8, "encoding: expected text, got 8"),
+        ("max_bad_share", 5, "max_bad_share: expected a number from 0 to 1, got 5"),
+    ],
+)
+def test_every_key_of_a_section_is_checked(vqa, write_csv, key, value, told):
+    section = vqa(write_csv("qa.csv", ROWS))
+    OmegaConf.update(section, key, value, force_add=True)
+    assert told in problems(section)

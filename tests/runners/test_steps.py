@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lavis_kvmod.datasets.loading.loader import PADDING
-from lavis_kvmod.runners.steps import GradientStep, identify
+from lavis_kvmod.runners.steps import GradientStep, _ids, _named
 
 CPU = torch.device("cpu")
 
@@ -181,8 +181,8 @@ def test_a_loss_without_number_leaves_the_scale_as_it_was():
 
 
 def test_batches_are_named_by_what_they_carry():
-    assert identify({"question_id": [1, 2], "text_input": ["a", "b"]}) == "question_id [1, 2]"
-    assert identify({"image": None}) == "its samples carry no id"
+    assert _named(_ids({"question_id": [1, 2], "text_input": ["a", "b"]})) == "question_id [1, 2]"
+    assert _named(_ids({"image": None})) == "its samples carry no id"
 
 
 class Parts(Tokens):

@@ -7,9 +7,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy
 from lavis_kvmod.datasets.packaged import PackagedBuilder
+from lavis_kvmod.datasets.settings import ShardSettings
 from lavis_kvmod.datasets.shards.counting import count_all
 from lavis_kvmod.datasets.shards.datasets import (
-    SHUFFLE_BUFFER,
     ShardDataset,
     WdsCaptionEvalData,
     WdsCaptionTrainData,
@@ -26,6 +26,7 @@ __all__ = ["WdsCaptionBuilder", "WdsVQABuilder"]
 class _ShardBuilder(PackagedBuilder):
     """Builds the splits named under ``build_info.annotations``."""
 
+    settings_class = ShardSettings
     kind: Kind
     target: str  # as of `AnnotationBuilder`
 
@@ -36,7 +37,7 @@ class _ShardBuilder(PackagedBuilder):
 
     @classmethod
     def config_problems(cls, section: DictConfig) -> List[str]:
-        """All that can be told to be wrong without reading the shards; `lavis_kvmod.config.loading` asks."""
+        """All that can be told to be wrong without reading the shards."""
         try:
             cls(section).find()
         except BadDataError as error:
@@ -49,12 +50,8 @@ class _ShardBuilder(PackagedBuilder):
         Raises:
             BadDataError: listing what is wrong with the section, and the shards that are missing or cut short.
         """
-        problems = _option_problems(self.config)
-        policy = BadSamplePolicy()
-        try:
-            policy = BadSamplePolicy.from_config(self.config)
-        except BadDataError as error:
-            problems += error.problems
+        problems = self.section_problems(self.config)
+        policy = BadSamplePolicy(self.settings.on_bad_sample, self.settings.max_bad_share)
         splits = {}
         for split, patterns in _patterns(self.config).items():
             key = f"build_info.annotations.{split}.storage"
@@ -69,7 +66,7 @@ class _ShardBuilder(PackagedBuilder):
                 else:
                     problems.append(damage.text)
             unknown = [shard.path.parent for shard in splits[split] if shard.contents is None]
-            if split == "train" and unknown and self.config.get("epoch_size") is None:
+            if split == "train" and unknown and self.settings.epoch_size is None:
                 problems.append(
                     f"epoch_size: not set, and {unknown[0]} has no index that tells how many samples there are; write "
                     f"one (lavis-kvmod pack --index {patterns[0]}), or set it to the samples an epoch should have"
@@ -87,9 +84,10 @@ class _ShardBuilder(PackagedBuilder):
             BadDataError: listing all that is wrong.
         """
         self.build_processors()
-        policy = BadSamplePolicy.from_config(self.config)
+        found = self.find()
+        policy = BadSamplePolicy(self.settings.on_bad_sample, self.settings.max_bad_share)
         datasets = {}
-        for split, shards in self.find().items():
+        for split, shards in found.items():
             for_training = split == "train"
             if not for_training:
                 shards = count_all(shards, self.kind, policy, split)
@@ -100,8 +98,8 @@ class _ShardBuilder(PackagedBuilder):
                 self.text_processors[stage],
                 shards,
                 policy=policy,
-                epoch_size=self.config.get("epoch_size") if for_training else None,
-                shuffle_buffer=self.config.get("shuffle_buffer", SHUFFLE_BUFFER),
+                epoch_size=self.settings.epoch_size if for_training else None,
+                shuffle_buffer=self.settings.shuffle_buffer,
                 answer_list=self.answer_list(shards),
                 split=split,
             )
@@ -144,12 +142,3 @@ def _patterns(section: DictConfig) -> Dict[str, List[str]]:
     stored = {split: entry.get("storage") if OmegaConf.is_dict(entry) else entry for split, entry in named.items()}
     patterns = {split: strings(given) for split, given in stored.items()}
     return {split: given for split, given in patterns.items() if given}
-
-
-def _option_problems(section: DictConfig) -> List[str]:
-    problems = []
-    for key, least in (("epoch_size", 1), ("shuffle_buffer", 1)):
-        value = section.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            problems.append(f"{key}: expected a whole number above 0, got {value!r}")
-    return problems

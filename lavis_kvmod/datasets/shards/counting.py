@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy, some_of
-from lavis_kvmod.datasets.shards.files import INDEX, Contents, Shard, find_shards, index_text, read_index, sha256_of
+from lavis_kvmod.datasets.shards.files import INDEX, Contents, Shard, find_shards, index_text, read_index
 from lavis_kvmod.datasets.shards.rows import CAPTION, VQA, Kind, rows_by_sample
 from lavis_kvmod.system.progress import Progress
-from lavis_kvmod.weights.files import whole_or_nothing
+from lavis_kvmod.weights.files import sha256, whole_or_nothing
 
 __all__ = ["Counted", "count", "count_all", "write_indices"]
 
@@ -103,7 +103,7 @@ def write_indices(patterns: Sequence[str], kind_name: Optional[str] = None, skip
     for shard in Progress(shards, "reading shards", log_every=10):
         counted = count(shard.path, kind)
         problems += counted.problems
-        contents = counted.contents._replace(sha256=sha256_of(shard.path))
+        contents = counted.contents._replace(sha256=sha256(shard.path))
         found[shard.path.parent].append(Shard(shard.path, contents))
     total = sum(shard.counted.texts for of_folder in found.values() for shard in of_folder)
     BadSamplePolicy("skip" if skip_bad else "raise", 1.0).judge(problems, total, "samples")

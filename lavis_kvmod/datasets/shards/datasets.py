@@ -19,6 +19,7 @@ from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy
 from lavis_kvmod.datasets.images import BadImageError, read_image
 from lavis_kvmod.datasets.loading.loader import Loader
 from lavis_kvmod.datasets.seeding import seeded
+from lavis_kvmod.datasets.settings import ShardSettings
 from lavis_kvmod.datasets.shards.files import Shard
 from lavis_kvmod.datasets.shards.plan import RankPlan
 from lavis_kvmod.datasets.shards.rows import CAPTION, VQA, Kind, Row
@@ -32,7 +33,7 @@ __all__ = [
     "WdsVQATrainData",
 ]
 
-SHUFFLE_BUFFER = 1000
+SHUFFLE_BUFFER = ShardSettings.default_of("shuffle_buffer")
 
 
 class ShardDataset(AnnotatedDataset):

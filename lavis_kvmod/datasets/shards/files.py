@@ -5,7 +5,6 @@ size and its SHA-256. With it an epoch's length is known, and a shard that is mi
 """
 
 import glob
-import hashlib
 import json
 from fnmatch import fnmatch
 from pathlib import Path
@@ -28,7 +27,6 @@ __all__ = [
     "index_text",
     "read_answers",
     "read_index",
-    "sha256_of",
 ]
 
 INDEX, ANSWERS = "shards.json", "answers.json"
@@ -211,15 +209,6 @@ def read_answers(folder: Path) -> List[str]:
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise BadDataError(f"{path}: expected a list of texts, the answers to choose from")
     return answers
-
-
-def sha256_of(path: Path) -> str:
-    """A file's SHA-256, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(2**20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def index_text(kind: Kind, shards: Iterable[Shard], *, complete: bool, **more: Any) -> str:

@@ -22,11 +22,11 @@ from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy, some
 from lavis_kvmod.datasets.cells import said
 from lavis_kvmod.datasets.images import BadImageError, format_of, read_image
 from lavis_kvmod.datasets.seeding import stable_hash
-from lavis_kvmod.datasets.shards.files import ANSWERS, INDEX, Contents, Shard, index_text, read_index, sha256_of
+from lavis_kvmod.datasets.shards.files import ANSWERS, INDEX, Contents, Shard, index_text, read_index
 from lavis_kvmod.datasets.shards.rows import CAPTION, IMAGE_EXTENSIONS, VQA, Kind
 from lavis_kvmod.system.progress import Progress
 from lavis_kvmod.system.quiet import WarningTally, gathered_warnings
-from lavis_kvmod.weights.files import whole_or_nothing
+from lavis_kvmod.weights.files import sha256, whole_or_nothing
 
 __all__ = ["Item", "PackSettings", "Packer", "items_of", "readable"]
 
@@ -287,7 +287,7 @@ class Packer:
         while pair is not None:
             path = self.folder / f"{self._settings.name}-{len(shards):06d}.tar"
             contents, pair = self._write_shard(path, pair, coming)
-            shards.append(Shard(path, contents._replace(bytes=path.stat().st_size, sha256=sha256_of(path))))
+            shards.append(Shard(path, contents._replace(bytes=path.stat().st_size, sha256=sha256(path))))
             self._write_index(shards, complete=False)
         if self._answers:
             with whole_or_nothing(self.folder / ANSWERS) as temporary:
@@ -331,7 +331,7 @@ class Packer:
         found = [Shard(self.folder / name, contents) for name, contents in index["shards"].items()]
         for shard in Progress(found, f"checking {self._settings.name}", log_every=10):
             path, contents = shard
-            if not path.is_file() or path.stat().st_size != contents.bytes or sha256_of(path) != contents.sha256:
+            if not path.is_file() or path.stat().st_size != contents.bytes or sha256(path) != contents.sha256:
                 logging.warning("%s is missing or damaged: it and what follows is packed anew", path)
                 break
             shards.append(shard)
