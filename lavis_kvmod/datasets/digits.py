@@ -12,6 +12,7 @@ import numpy as np
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.datasets.datasets.vqa_datasets import VQADataset
 from lavis.processors.blip_processors import BlipImageEvalProcessor
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from lavis_kvmod.datasets.packaged import PackagedBuilder
@@ -138,10 +139,19 @@ class DigitsVQAEvalDataset(DigitsVQADataset):
 
 
 class _DigitsCaption(_Digits):
-    """One caption for each scan."""
+    """One caption for each scan.
+
+    Args:
+        wrong_captions: of how many (a share) the caption is another scan's.
+    """
+
+    def __init__(self, vis_processor: Callable, text_processor: Callable, split: str, wrong_captions: float = 0.0):
+        scans = digits.load_scans(split)
+        self._captions = dict(zip((scan.index for scan in scans), digits.captions(scans, wrong_captions)))
+        super().__init__(vis_processor, text_processor, split)
 
     def _entries(self, scan: digits.Scan) -> List[Dict[str, Any]]:
-        return [{"caption": [digits.caption(scan)]}]
+        return [{"caption": [self._captions[scan.index]]}]
 
 
 class DigitsCaptionDataset(_DigitsCaption):
@@ -169,8 +179,8 @@ class DigitsRetrievalEvalDataset(_DigitsCaption):
         img2txt, txt2img: for each image the numbers of its texts, for each text those of its images.
     """
 
-    def __init__(self, vis_processor: Callable, text_processor: Callable, split: str):
-        super().__init__(vis_processor, text_processor, split)
+    def __init__(self, vis_processor: Callable, text_processor: Callable, split: str, wrong_captions: float = 0.0):
+        super().__init__(vis_processor, text_processor, split, wrong_captions)
         described = [self.text_processor(digits.caption(scan)) for scan in self.scans]
         words = product(digits.INKS, digits.DIGIT_WORDS, digits.PAPERS)
         self.text = [self.text_processor(f"a {ink} {digit} on {paper} paper") for ink, digit, paper in words]
@@ -204,8 +214,34 @@ class _DigitsBuilder(PackagedBuilder):
         for split in digits.SPLITS:
             stage = "train" if split == "train" else "eval"
             dataset_cls = self.train_dataset_cls if split == "train" else self.eval_dataset_cls
-            datasets[split] = dataset_cls(self.vis_processors[stage], self.text_processors[stage], split)
+            processors = self.vis_processors[stage], self.text_processors[stage]
+            datasets[split] = dataset_cls(*processors, split, **self._options(split))
         return datasets
+
+    def _options(self, split: str) -> Dict[str, Any]:
+        """More arguments of a split's data set."""
+        return {}
+
+
+class _CaptionsBuilder(_DigitsBuilder):
+    """``build_info.wrong_captions: {train: 0.3}`` gives a share of a split's scans the captions of others."""
+
+    @classmethod
+    def config_problems(cls, section: DictConfig) -> List[str]:
+        """Splits that are not there, and shares that are none."""
+        given = (section.get("build_info") or {}).get("wrong_captions") or {}
+        if not OmegaConf.is_dict(given):
+            return [f"build_info.wrong_captions: expected shares by split, such as {{train: 0.3}}; got {given!r}"]
+        return [
+            f"build_info.wrong_captions.{split}: expected a share from 0 to 1 of one of {', '.join(digits.SPLITS)}; "
+            f"got {share!r}"
+            for split, share in given.items()
+            if split not in digits.SPLITS or not isinstance(share, (int, float)) or not 0 <= share <= 1
+        ]
+
+    def _options(self, split: str) -> Dict[str, Any]:
+        wrong = (self.config.get("build_info") or {}).get("wrong_captions") or {}
+        return {"wrong_captions": float(wrong.get(split, 0.0))}
 
 
 class DigitsVQABuilder(_DigitsBuilder):
@@ -217,7 +253,7 @@ class DigitsVQABuilder(_DigitsBuilder):
     DATASET_CONFIG_DICT = {"default": "configs/datasets/digits/defaults_vqa.yaml"}
 
 
-class DigitsCaptionBuilder(_DigitsBuilder):
+class DigitsCaptionBuilder(_CaptionsBuilder):
     """``digits_caption``: such as "a red seven on yellow paper"."""
 
     target = "caption"
@@ -226,7 +262,7 @@ class DigitsCaptionBuilder(_DigitsBuilder):
     DATASET_CONFIG_DICT = {"default": "configs/datasets/digits/defaults_caption.yaml"}
 
 
-class DigitsRetrievalBuilder(_DigitsBuilder):
+class DigitsRetrievalBuilder(_CaptionsBuilder):
     """``digits_retrieval``: captions to train on, and 240 descriptions to be found for held-out scans."""
 
     target = "caption"

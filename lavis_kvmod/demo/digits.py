@@ -10,7 +10,7 @@ part, which scikit-learn ships).
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
-from typing import Dict, List, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
@@ -30,6 +30,7 @@ __all__ = [
     "Scan",
     "answers",
     "caption",
+    "captions",
     "coverage",
     "grained",
     "load_scans",
@@ -144,6 +145,17 @@ def answers(scan: Scan) -> Dict[str, str]:
 def caption(scan: Scan) -> str:
     """What the picture shows: ``a red seven on yellow paper``."""
     return f"a {scan.ink} {DIGIT_WORDS[scan.digit]} on {scan.paper} paper"
+
+
+def captions(scans: Sequence[Scan], wrong: float = 0.0) -> List[str]:
+    """What each picture shows; of a share ``wrong`` of them, drawn by seed, what another one of these shows."""
+    right = [caption(scan) for scan in scans]
+    chosen = np.random.default_rng((_SEED, len(scans))).permutation(len(scans))[: round(wrong * len(scans))].tolist()
+    told = list(right)
+    for place, i in enumerate(chosen):
+        others = (right[j] for j in chosen[place + 1 :] + chosen[:place])
+        told[i] = next((other for other in others if other != right[i]), right[i])
+    return told
 
 
 def coverage(scan: Scan, size: int = 56) -> np.ndarray:

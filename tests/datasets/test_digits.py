@@ -125,3 +125,25 @@ def test_a_run_file_may_change_the_processors():
     config = OmegaConf.load(DigitsVQABuilder.default_config_path()).datasets.digits_vqa
     config.vis_processor.eval.image_size = 28
     assert DigitsVQABuilder(config).build_datasets()["val"][0]["image"].shape == (3, 28, 28)
+
+
+def test_a_share_of_captions_can_be_exchanged():
+    scans = digits.load_scans("train")
+    right = [digits.caption(scan) for scan in scans]
+    told = digits.captions(scans, 0.3)
+    wrong = [i for i, (a, b) in enumerate(zip(told, right)) if a != b]
+    assert (
+        len(wrong) == round(0.3 * len(scans))
+        and told == digits.captions(scans, 0.3)
+        and digits.captions(scans) == right
+    )
+    assert {told[i] for i in wrong} <= set(right)  # texts of the same kind, of other scans
+    section = OmegaConf.load(DigitsCaptionBuilder.default_config_path()).datasets.digits_caption
+    section.build_info.wrong_captions = {"train": 0.3}
+    built = DigitsCaptionBuilder(section).build()
+    assert [row["caption"][0] for row in built["train"].annotation] == told
+    assert [row["caption"][0] for row in built["test"].annotation] == [
+        digits.caption(s) for s in digits.load_scans("test")
+    ]
+    section.build_info.wrong_captions = {"train": 3, "nope": 0.1}
+    assert len(DigitsCaptionBuilder.config_problems(section)) == 2
