@@ -229,7 +229,9 @@ class _CaptionsBuilder(_DigitsBuilder):
     @classmethod
     def config_problems(cls, section: DictConfig) -> List[str]:
         """Splits that are not there, and shares that are none."""
-        given = (section.get("build_info") or {}).get("wrong_captions") or {}
+        given = OmegaConf.select(section, "build_info.wrong_captions")
+        if given is None:
+            return []
         if not OmegaConf.is_dict(given):
             return [f"build_info.wrong_captions: expected shares by split, such as {{train: 0.3}}; got {given!r}"]
         return [
