@@ -208,8 +208,8 @@ def _whole_stock_model(tensors: Dict[str, LazyTensor], source: str) -> Dict[str,
         )
     if not _behind_qformer(tensors):
         raise CheckpointError(
-            f"{source} has another connector than the Q-Former, and Hugging Face's BLIP-2 has a place for no other; a "
-            ".pth or .safetensors holds it"
+            f"{source} has another connector than the Q-Former and its projection, and Hugging Face's BLIP-2 has a "
+            "place for no other; a .pth or .safetensors holds it"
         )
     parts = {name.split(".")[0] for name in tensors}
     lacking = [f"  - {part}: give {remedy}" for part, remedy in _REMEDIES.items() if part not in parts]
@@ -227,6 +227,8 @@ def _whole_stock_model(tensors: Dict[str, LazyTensor], source: str) -> Dict[str,
 def _behind_qformer(tensors: Dict[str, LazyTensor]) -> bool:
     """Whether nothing in these tensors speaks of another connector (which `linear` does by its projection alone)."""
     connector = [name for name in tensors if name.startswith("Qformer.")]
+    if any(name.startswith("gated_layers.") for name in tensors):
+        return False
     if any(not name.startswith(("Qformer.bert.", "Qformer.cls.")) for name in connector):
         return False
     projection, queries = tensors.get("opt_proj.weight"), tensors.get("query_tokens")

@@ -191,9 +191,11 @@ def _train_step(
                 soft_prompt = soft_prompt.repeat_interleave(answers, dim=0)
             with model.autocast_for(model.opt_model), ledger.of(BATCH):
                 text = _text(rows, text_length, device)
-                _, losses = token_losses(model.opt_model, soft_prompt, text)
+                seen, seeing = model.into_language_model(soft_prompt)
+                with seeing:
+                    _, losses = token_losses(model.opt_model, seen, text)
                 loss = losses.mean()
-            del soft_prompt, text, losses
+            del soft_prompt, seen, seeing, text, losses
         kept = ledger.live()
         gradients = set()
         if backward:
@@ -218,16 +220,17 @@ def _generate(
         with _booked(model, device) as ledger:
             with autocast(device, dtype):
                 image = torch.empty(batch_size, 3, model.image_size, model.image_size, device=device)
-                soft_prompt = model.encode({"image": image}).soft_prompt
+                soft_prompt, seeing = model.into_language_model(model.encode({"image": image}).soft_prompt)
             opt, text = model.opt_model, _text(batch_size, text_length, device)
             embedded = opt.get_input_embeddings()(text.input_ids)
             beginning = torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1)
             # The Keys and Values of the last token are never asked for.
-            steps = Steps(opt, beginning, full_mask(soft_prompt, text), num_beams, room=new_tokens - 1)
-            if new_tokens > 1:
-                steps.cache.length += new_tokens - 2
-                rows = torch.zeros(batch_size * num_beams, dtype=torch.long, device=device)
-                steps(rows, rows if num_beams > 1 else None)
+            with seeing:
+                steps = Steps(opt, beginning, full_mask(soft_prompt, text), num_beams, room=new_tokens - 1)
+                if new_tokens > 1:
+                    steps.cache.length += new_tokens - 2
+                    rows = torch.zeros(batch_size * num_beams, dtype=torch.long, device=device)
+                    steps(rows, rows if num_beams > 1 else None)
         return ledger.peak(), steps.cache.nbytes
 
 

@@ -4,14 +4,16 @@
       └────► EfficientNet ─► pooled ─► KV prefix ──────┴─► Q-Former ─► opt_proj ─► soft prompt ─► OPT
 
 In the Q-Former's place may stand another connector (docs/connectors.md); where one attends to nothing, `AuxTokens` puts
-the second encoder's features in front of the soft prompt.
+the second encoder's features in front of the soft prompt. Instead of a soft prompt, `GatedLayers` may stand between
+OPT's own.
 
 `encode` is that figure; ``forward``, ``generate``, ``predict_answers`` and ``extract_features`` all stand on it. They
 take and give what LAVIS's ``blip2_opt`` does (``lavis/models/blip2_models/blip2_opt.py``, and LAVIS main for
 ``predict_answers``). Without KV modulation the Q-Former's model equals stock BLIP-2.
 """
 
-from typing import Any, Dict, List, NamedTuple, Optional, Union
+from contextlib import nullcontext
+from typing import Any, ContextManager, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
@@ -24,6 +26,7 @@ from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
 from lavis_kvmod.models.connectors.qformer import QFormerOutput
 from lavis_kvmod.models.language.answers import answers_of, mean_loss
 from lavis_kvmod.models.language.decoding import Search
+from lavis_kvmod.models.language.gated_cross_attention import GatedLayers
 from lavis_kvmod.models.language.opt import FrozenOPT
 from lavis_kvmod.models.language.soft_prompt import ScoredAnswer, continue_texts, rank_answers, token_losses
 from lavis_kvmod.models.language.text import (
@@ -42,7 +45,8 @@ INFERENCE_METHODS = ("generate", "rank")
 
 
 class Encoded(NamedTuple):
-    """A batch of images on its way: the Q-Former's output, and the soft prompt (b, q, opt width)."""
+    """A batch of images on its way: the Q-Former's output, and the soft prompt (b, q, opt width); with gated layers, in
+    its place, what those attend to (b, q, hidden)."""
 
     query_output: QFormerOutput
     soft_prompt: Tensor
@@ -58,6 +62,7 @@ class Blip2OPTKVMod(SoftPromptModel):
         opt_model, opt_tokenizer: the frozen language model (the tokenizer may be None in a model only to be counted).
         kv_prefix, aux_encoder: prefix generator and the encoder it reads; both None for stock BLIP-2.
         aux_tokens: in the generator's place, the encoder's features as tokens.
+        gated_layers: cross-attention to the connector's output, in the place of ``opt_proj`` and the soft prompt.
         prefix_gate: ``none`` concatenates the prefix, ``tanh`` adds it behind a gate that starts at 0.
         prompt: put in front of captions; with ``{}``, the frame of a question.
         max_txt_len: most tokens of a caption, or of a prompt with its question.
@@ -74,7 +79,7 @@ class Blip2OPTKVMod(SoftPromptModel):
     )
     default_model_type = "pretrain_opt2.7b"
     settings_class = ModelSettings
-    behind_qformer = {"opt_proj": True, "aux_tokens": True, "opt_model": False}
+    behind_qformer = {"opt_proj": True, "aux_tokens": True, "gated_layers": True, "opt_model": False}
 
     def __init__(
         self,
@@ -84,6 +89,7 @@ class Blip2OPTKVMod(SoftPromptModel):
         kv_prefix: Optional[KVPrefixGenerator] = None,
         aux_encoder: Optional[AuxiliaryEncoder] = None,
         aux_tokens: Optional[AuxTokens] = None,
+        gated_layers: Optional[GatedLayers] = None,
         prefix_gate: str = "none",
         prompt: str = "",
         max_txt_len: int = 32,
@@ -95,7 +101,10 @@ class Blip2OPTKVMod(SoftPromptModel):
             raise ValueError(f"answer_loss: expected one of {ANSWER_LOSSES}, got {answer_loss!r}")
         super().__init__(**image_side)
         self.opt_model = opt_model
-        self.opt_proj = nn.Linear(self.Qformer.hidden_size, opt_model.config.word_embed_proj_dim)
+        self.gated_layers = gated_layers
+        self.opt_proj: Optional[nn.Linear] = None
+        if gated_layers is None:
+            self.opt_proj = nn.Linear(self.Qformer.hidden_size, opt_model.config.word_embed_proj_dim)
         self.aux_tokens = aux_tokens
         self._add_prefix(kv_prefix, aux_encoder, prefix_gate, aux_tokens)
         self.opt_tokenizer = opt_tokenizer
@@ -129,7 +138,9 @@ class Blip2OPTKVMod(SoftPromptModel):
             prefix=self.prefixes(features.pooled) if with_prefix else None,
             output_attentions=output_attentions,
         )
-        soft_prompt = self.opt_proj(query_output.last_hidden_state)
+        soft_prompt = query_output.last_hidden_state
+        if self.opt_proj is not None:
+            soft_prompt = self.opt_proj(soft_prompt)
         if self.aux_tokens is not None and with_prefix:
             soft_prompt = torch.cat([self.aux_tokens(features.pooled), soft_prompt], dim=1)
         return Encoded(query_output, soft_prompt)
@@ -137,7 +148,17 @@ class Blip2OPTKVMod(SoftPromptModel):
     @property
     def num_soft_prompt(self) -> int:
         """How many vectors stand before the text."""
+        if self.gated_layers is not None:
+            return 0
         return self.num_outputs + (0 if self.aux_tokens is None else self.aux_tokens.num_tokens)
+
+    def into_language_model(self, of_image: Tensor) -> Tuple[Tensor, ContextManager[None]]:
+        """What `encode` has for an image, as soft prompt (b, q, opt width), and a context in which OPT sees what is not
+        in it: with gated layers q is 0."""
+        if self.gated_layers is None:
+            return of_image, nullcontext()
+        nothing = of_image.new_zeros(len(of_image), 0, self.opt_model.config.word_embed_proj_dim)
+        return nothing, self.gated_layers.within(self.opt_model, of_image)
 
     # ------------------------------------------------------------ loss
 
@@ -176,7 +197,8 @@ class Blip2OPTKVMod(SoftPromptModel):
         return self._language_loss(soft_prompt, text, row_weights)
 
     def _language_loss(self, soft_prompt: Tensor, text: TextBatch, row_weights: Optional[Tensor]) -> Dict[str, Tensor]:
-        with self.autocast_for(self.opt_model):
+        soft_prompt, seeing = self.into_language_model(soft_prompt)
+        with self.autocast_for(self.opt_model), seeing:
             row, token_loss = token_losses(self.opt_model, soft_prompt, text)
         return mean_loss(token_loss, None if row_weights is None else row_weights.to(row.device)[row])
 
@@ -267,7 +289,9 @@ class Blip2OPTKVMod(SoftPromptModel):
         if inference_method == "rank":
             with self.autocast_for(self.opt_model):
                 ranked = rank_answers(
-                    self.opt_model, self.opt_tokenizer, soft_prompt, contexts, answer_list or [], num_ans_candidates
+                    *(self.opt_model, self.opt_tokenizer, self.into_language_model(soft_prompt)[0], contexts),
+                    *(answer_list or [], num_ans_candidates),
+                    seeing=lambda rows: self.into_language_model(soft_prompt[rows])[1],
                 )
             return ranked if return_scores else [answer.answer for answer in ranked]
         search = Search(
@@ -296,7 +320,9 @@ class Blip2OPTKVMod(SoftPromptModel):
     ) -> Union[List[str], List[ScoredAnswer]]:
         """Let OPT continue each context behind its soft prompt up to the newline; returns what it adds."""
         tokenizer = self.opt_tokenizer
-        added = continue_texts(self.opt_model, tokenizer, soft_prompt, contexts, search, stop=self.eos_token_id)
+        soft_prompt, seeing = self.into_language_model(soft_prompt)
+        with seeing:
+            added = continue_texts(self.opt_model, tokenizer, soft_prompt, contexts, search, stop=self.eos_token_id)
         texts = [text.strip() for text in tokenizer.batch_decode([a.ids for a in added], skip_special_tokens=True)]
         if not return_scores:
             return texts
@@ -310,7 +336,7 @@ class Blip2OPTKVMod(SoftPromptModel):
 
         Returns:
             LAVIS's ``BlipOutputFeatures`` with ``image_embeds`` (b, q, hidden), the query outputs, and
-            ``image_embeds_proj`` (b, q, opt width), the soft prompt.
+            ``image_embeds_proj`` (b, q, opt width), the soft prompt; None where there is none.
 
         Raises:
             ValueError: for another mode; text features need a stage-1 model.
@@ -318,7 +344,10 @@ class Blip2OPTKVMod(SoftPromptModel):
         if mode != "image":
             raise ValueError(f"mode: expected 'image' (this model embeds no text), got {mode!r}")
         query_output, soft_prompt = self.encode(samples)
-        return BlipOutputFeatures(image_embeds=query_output.last_hidden_state, image_embeds_proj=soft_prompt)
+        return BlipOutputFeatures(
+            image_embeds=query_output.last_hidden_state,
+            image_embeds_proj=None if self.opt_proj is None else soft_prompt,
+        )
 
     def attention_maps(self, samples: Dict[str, Any]) -> attention_maps.AttentionMaps:
         """Where the model looks: the Q-Former's attention to prefix and image, and what answers were made of.
@@ -333,4 +362,6 @@ class Blip2OPTKVMod(SoftPromptModel):
         Raises:
             ValueError: for a connector without such attention, or as many answers as there are not texts.
         """
+        if self.gated_layers is not None:
+            raise ValueError("expected a model with a soft prompt; through gated layers no answer is traced")
         return attention_maps.attention_maps(self, samples)

@@ -8,7 +8,8 @@ from lavis_kvmod.models.connectors.aux_tokens import AuxTokens
 from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
 from lavis_kvmod.models.connectors.registry import Connector
 from lavis_kvmod.models.language.bert import BLIP2_VOCABULARY, load_bert_tokenizer, start_from_bert
-from lavis_kvmod.models.language.opt import build_language_model
+from lavis_kvmod.models.language.gated_cross_attention import GatedLayers
+from lavis_kvmod.models.language.opt import FrozenOPT, build_language_model
 from lavis_kvmod.models.settings import (
     ImageSideSettings,
     ModelSettings,
@@ -54,6 +55,7 @@ def build_image_side(
     load: bool = True,
     connector: str = "qformer",
     num_aux_tokens: int = 0,
+    soft_prompt: bool = True,
     **more_sizes: Any,
 ) -> ImageSide:
     """Image encoder, auxiliary encoder, prefix generator and connector, as the settings have them.
@@ -62,6 +64,7 @@ def build_image_side(
         load: frozen towers with their weights; without, no file is looked for.
         connector: the name of a registered connector.
         num_aux_tokens: so many tokens of the auxiliary encoder's features, in place of a prefix; 0 writes a prefix.
+        soft_prompt: those tokens have the language model's width; else the connector's.
         more_sizes: those of `ConnectorSizes` that have nothing to do with images.
 
     Raises:
@@ -80,7 +83,7 @@ def build_image_side(
             settings.aux_encoder, settings.aux_checkpoint, settings.aux_image_size, load=load
         )
     if num_aux_tokens:
-        width = sizes.output_width or made.hidden_size
+        width = (sizes.output_width if soft_prompt else None) or made.hidden_size
         tokens = AuxTokens(feature_dim=aux_encoder.feature_dim, output_width=width, num_tokens=num_aux_tokens)
         return ImageSide(vision, aux_encoder, None, made, tokens)
     kv_prefix = KVPrefixGenerator(
@@ -133,17 +136,32 @@ def opt_arguments(settings: ModelSettings, *, load: bool = True) -> Dict[str, An
         geometry=settings.connector_geometry,
         output_width=opt_model.config.word_embed_proj_dim,
         num_aux_tokens=settings.aux_tokens,
+        soft_prompt=settings.fusion == "soft_prompt",
     )
     return dict(
         opt_model=opt_model,
         opt_tokenizer=opt_tokenizer,
         aux_tokens=image_side.aux_tokens,
+        gated_layers=_gated_layers(settings, opt_model, image_side.connector.hidden_size),
         prompt=settings.prompt,
         max_txt_len=settings.max_txt_len,
         answer_loss=settings.answer_loss,
         split_texts=settings.split_texts,
         ln_vision_loaded=image_side.vision.ln_vision_loaded,
         **image_side.arguments(settings),
+    )
+
+
+def _gated_layers(settings: ModelSettings, opt: FrozenOPT, image_width: int) -> Optional[GatedLayers]:
+    every = settings.gated_every
+    if settings.fusion == "soft_prompt":
+        return None
+    return GatedLayers(
+        width=opt.config.hidden_size,
+        num_layers=opt.config.num_hidden_layers,
+        num_heads=opt.config.num_attention_heads,
+        image_width=image_width,
+        every=every,
     )
 
 

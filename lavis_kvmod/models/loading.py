@@ -65,7 +65,7 @@ def load_named_checkpoint(model: "KVModBase", settings: ImageSideSettings) -> No
 def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -> LoadReport:
     """`load_checkpoint`, of what was read from ``source``."""
     state = _at_image_size(model, _within_vocabulary(model, state))
-    groups = ["visual_encoder.", "aux_encoder.", "kv_", "aux_tokens.", *model.of_this_training]
+    groups = ["visual_encoder.", "aux_encoder.", "kv_", "aux_tokens.", "gated_layers.", *model.of_this_training]
     groups += [f"{part}." for part, is_trained in model.behind_qformer.items() if not is_trained]
     if model.ln_vision_loaded:
         groups.append("ln_vision.")
@@ -81,6 +81,8 @@ def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -
         )
         groups += _CONNECTOR
         state = {key: value for key, value in state.items() if not key.startswith((*_CONNECTOR, "kv_"))}
+    if getattr(model, "gated_layers", None) is not None:  # a soft prompt's projection has no place
+        state = {key: value for key, value in state.items() if not key.startswith("opt_proj.")}
     absent = tuple(g for g in groups if not any(key.startswith(g) for key in state))
     may_lack = {key for key in model.state_dict() if key.startswith(absent)}
     may_lack |= {name for name, _ in model.named_buffers()}

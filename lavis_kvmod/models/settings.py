@@ -184,6 +184,14 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
         "how the second encoder comes in: `prefix`, in the connector's cross-attention, the default where it has one; "
         "`tokens`, in front of the soft prompt, the default for `linear`, `mlp` and `c_abstractor`",
     )
+    fusion: Literal["soft_prompt", "gated_cross_attention"] = key(
+        "soft_prompt",
+        "how the language model sees the image: `soft_prompt`, as vectors before the text; `gated_cross_attention`, by "
+        "Flamingo's layers between its own",
+    )
+    gated_every: int = key(
+        4, "with `gated_cross_attention`, in front of every how many of OPT's layers one stands", gt=0
+    )
     num_aux_tokens: int = key(1, "with `aux_fusion: tokens`, how many", gt=0)
     opt_precision: Precision = key("fp16", "storage of OPT's weights")
     opt_grad_checkpoint: bool = key(
@@ -223,6 +231,8 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
 
     def num_soft_prompt(self) -> Optional[int]:
         """How many vectors stand before the text; None where the image encoder does not say."""
+        if self.fusion != "soft_prompt":
+            return 0
         of_image: Optional[int] = self.num_query_token
         if self.connector_kind.one_a_token:
             of_image = known_num_tokens(self.vit_model, self.image_size, self.vit_geometry)
@@ -232,6 +242,8 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
         if self.connector not in CONNECTORS:
             return [CONNECTORS.unknown(self.connector)]
         found = self.connector_kind.geometry_problems(self.connector, self.connector_geometry)
+        if self.fusion == "soft_prompt":
+            found += self._of_no_use(("gated_every",), "read with fusion: gated_cross_attention alone")
         if self.aux_fusion == "prefix" and not self.connector_kind.attends:
             return [
                 *found,

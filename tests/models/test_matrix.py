@@ -48,6 +48,8 @@ MEMBERS = [
     member("demo", "none", "per_layer", "bf16", "frozen", "visual_abstractor", connector_geometry=SMALL),
     member("demo", "none", "shared", "fp32", "frozen", "linear", kv_modulation=False),
     member("demo", "none", "shared", "fp32", "frozen", aux_fusion="tokens"),
+    member("clip_L", "tanh", "shared", "bf16", "frozen", fusion="gated_cross_attention", gated_every=1),
+    member("demo", "none", "shared", "fp32", "frozen", "linear", fusion="gated_cross_attention", gated_every=2),
 ]
 
 
@@ -79,6 +81,10 @@ def family(request, model_config, vit_file):
         model = Blip2OPTKVMod(**building.opt_arguments(settings))
         if model.kv_gate is not None:
             torch.nn.init.constant_(model.kv_gate, 0.3)
+        if model.gated_layers is not None:
+            for layer in model.gated_layers.layers:
+                torch.nn.init.constant_(layer.attention_gate, 0.3)
+                torch.nn.init.constant_(layer.feed_forward_gate, -0.3)
         return model.eval()
 
     return SimpleNamespace(make=make, model=make(0))
@@ -147,7 +153,10 @@ class TestMember:
         features = family.model.extract_features({"image": images(2)})
         model = family.model
         assert features.image_embeds.shape == (2, model.num_outputs, model.Qformer.hidden_size)
-        assert features.image_embeds_proj.shape == (2, model.num_soft_prompt, 32)
+        if model.gated_layers is None:
+            assert features.image_embeds_proj.shape == (2, model.num_soft_prompt, 32)
+        else:
+            assert features.image_embeds_proj is None and model.num_soft_prompt == 0
         share = family.model.prefix_attention_share({"image": images(2)})
         assert share is None if family.model.kv_prefix is None else 0 < share < 1
 

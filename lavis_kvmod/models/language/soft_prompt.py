@@ -5,7 +5,8 @@ vector, every other one at the token before it.
 """
 
 import math
-from typing import Any, List, NamedTuple, Sequence, Tuple
+from contextlib import nullcontext
+from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from lavis_kvmod.system.text_cleaning import one_line
 # Rows that answer ranking has in the language model at once: OPT-2.7B keeps 0.3 MB of Keys and Values a position
 # and row in half precision, so 2 GB for 128 rows of 50 positions.
 ROWS_AT_ONCE = 128
+
+# The rows (r,) of a batch that the language model is given -> the context in which it sees their images.
+Seeing = Callable[[Tensor], ContextManager[None]]
 
 
 class ScoredAnswer(NamedTuple):
@@ -55,12 +59,13 @@ def token_losses(opt: Any, soft_prompt: Tensor, text: TextBatch) -> Tuple[Tensor
     hidden = opt.model.decoder(
         inputs_embeds=torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1), is_causal=True
     ).last_hidden_state
-    predicts = hidden[:, q - 1 : -1]  # (b, t, width)
-    row, column = (text.targets != IGNORED).nonzero(as_tuple=True)
+    unseen = int(q == 0)  # without a soft prompt nothing stands before the text's first token
+    predicts = hidden[:, max(q, 1) - 1 : -1]  # (b, t, width)
+    row, column = (text.targets[:, unseen:] != IGNORED).nonzero(as_tuple=True)
     if not len(row):
         raise ValueError("nothing to predict in this batch: every caption is no longer than its prompt")
     logits = opt.lm_head(predicts[row, column])  # only where there is a loss
-    return row, F.cross_entropy(logits.float(), text.targets[row, column], reduction="none")
+    return row, F.cross_entropy(logits.float(), text.targets[row, column + unseen], reduction="none")
 
 
 def full_mask(soft_prompt: Tensor, text: TextBatch) -> Tensor:
@@ -99,11 +104,13 @@ def rank_answers(
     candidates: Sequence[str],
     num_candidates: int,
     rows_at_once: int = ROWS_AT_ONCE,
+    seeing: Optional[Seeing] = None,
 ) -> List[ScoredAnswer]:
     """The likeliest of ``candidates`` for each context, by the log-probability of the whole answer and its newline.
 
     Image and question go through OPT once; their Keys and Values serve all candidates. Where there are more than
     ``num_candidates``, only those whose first token is likeliest are looked at further (as in BLIP, arXiv 2201.12086).
+    ``seeing`` gives the context in which the language model sees the images of some rows by other ways.
 
     Raises:
         ValueError: without candidates, for an empty one, or if the language model has not so many positions.
@@ -115,12 +122,14 @@ def rank_answers(
     require_positions(opt, soft_prompt.shape[1], prompt.input_ids.shape[1], max(map(len, ids)))
     embedded = opt.get_input_embeddings()(prompt.input_ids)
     mask = full_mask(soft_prompt, prompt)
-    shared = opt.model.decoder(
-        inputs_embeds=torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1),
-        attention_mask=mask,
-        use_cache=True,
-        return_dict=True,
-    )
+    seeing = seeing or _nothing_else
+    with seeing(torch.arange(len(contexts), device=soft_prompt.device)):
+        shared = opt.model.decoder(
+            inputs_embeds=torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1),
+            attention_mask=mask,
+            use_cache=True,
+            return_dict=True,
+        )
     first = opt.lm_head(shared.last_hidden_state[:, -1]).float().log_softmax(-1)  # (b, vocabulary)
     of_first = first[:, [tokens[0] for tokens in ids]]  # (b, candidates)
     chosen = of_first.topk(min(num_candidates, len(ids)), dim=1).indices.tolist()
@@ -132,12 +141,17 @@ def rank_answers(
         rows = torch.tensor([row for row, _ in group], device=soft_prompt.device)
         text = continuation_batch(tokenizer, [[] for _ in group], [ids[c] for _, c in group], soft_prompt.device)
         past = tuple((key[rows], value[rows]) for key, value in shared.past_key_values)
-        later = _later_tokens(opt, past, mask[rows], text)
+        with seeing(rows):
+            later = _later_tokens(opt, past, mask[rows], text)
         totals = first[rows, text.input_ids[:, 0]] + later
         for (row, candidate), total in zip(group, totals.tolist()):
             if total > best[row].log_prob:
                 best[row] = ScoredAnswer(one_line(candidates[candidate]), total, len(ids[candidate]))
     return best
+
+
+def _nothing_else(rows: Tensor) -> ContextManager[None]:
+    return nullcontext()
 
 
 def _later_tokens(opt: Any, past: Any, mask: Tensor, text: TextBatch) -> Tensor:

@@ -243,6 +243,7 @@ def test_sizes_of_the_published_models():
         (dict(connector_geometry=dict(depth=2)), "connector qformer takes none .*qformer_geometry"),
         (dict(connector="linear", aux_fusion="prefix"), "aux_fusion: connector linear has no cross-attention"),
         (dict(connector="linear", prefix_gate="tanh"), "prefix_gate: of a prefix, and connector linear .*got tanh"),
+        (dict(gated_every=2), "gated_every: read with fusion: gated_cross_attention alone"),
         (dict(num_aux_tokens=2), "num_aux_tokens: read with aux_fusion: tokens alone; expected 1, .*got 2"),
     ],
 )
@@ -256,6 +257,7 @@ def test_how_many_vectors_stand_before_the_text():
         return ModelSettings.from_config(dict(load_finetuned=False, **keys)).num_soft_prompt()
 
     assert of() == of(connector="perceiver") == 32
+    assert of(connector="linear", fusion="gated_cross_attention") == 0
     assert of(connector="linear") == 258 and of(connector="mlp", kv_modulation=False) == 257
     assert of(connector="linear", image_size=490, vit_model="clip_L", num_aux_tokens=3) == 35 * 35 + 4
 
