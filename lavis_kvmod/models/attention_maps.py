@@ -84,7 +84,22 @@ class AttentionMaps:
 
 @torch.no_grad()
 def attention_maps(model: Any, samples: Dict[str, Any]) -> AttentionMaps:
-    """The attention of a `lavis_kvmod.models.blip2_opt_kvmod.Blip2OPTKVMod`: see its ``attention_maps``."""
+    """Where a `lavis_kvmod.models.blip2_opt_kvmod.Blip2OPTKVMod` looks: its Q-Former's attention to prefix and image,
+    and what answers were made of.
+
+    The passes are made anew, without gradients and without the fused kernels; nothing stays behind on the model.
+
+    Args:
+        model: with a Q-Former and a soft prompt.
+        samples: ``image`` (b, 3, H, H); with ``text_input`` and ``prompt`` as in ``predict_answers``, the answers are
+            traced too: those in ``answer`` (one for each text), else what the model answers greedily. ``answer``
+            without a question is a caption, behind the model's prompt.
+
+    Raises:
+        ValueError: for a connector without such attention, or as many answers as there are not texts.
+    """
+    if model.gated_layers is not None:
+        raise ValueError("expected a model with a soft prompt; through gated layers no answer is traced")
     query_output, soft_prompt = model.encode(samples, output_attentions=True)
     if not query_output.cross_attentions or not query_output.self_attentions:
         raise ValueError("expected attention maps of the Q-Former; this model's connector has no such attention")

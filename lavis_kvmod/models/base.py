@@ -36,7 +36,7 @@ from lavis_kvmod.system.precision import (
 from lavis_kvmod.weights import finding
 from lavis_kvmod.weights.reading import LoadReport
 
-__all__ = ["KVModBase", "SoftPromptModel", "model_type_files"]
+__all__ = ["KVModBase", "model_type_files"]
 
 
 def model_type_files(arch: str, *model_types: str) -> Dict[str, str]:
@@ -327,22 +327,3 @@ class KVModBase(Blip2Base):
 
     def after_loading(self, report: LoadReport) -> None:
         """What a member does once a checkpoint was loaded."""
-
-
-class SoftPromptModel(KVModBase):
-    """A member whose query outputs become the soft prompt of a language model. A batch may show an image once for
-    several samples, and may bring soft prompts that have been computed before."""
-
-    def num_samples(self, samples: Mapping[str, Any]) -> int:
-        """How many samples a batch has: texts, where ``image_index`` tells which image each belongs to, else images."""
-        return len(samples["image_index"] if "image_index" in samples else samples["image"])
-
-    def soft_prompts(self, samples: Dict[str, Any]) -> Tensor:
-        """The soft prompt of each sample, (b, q, width). An image is encoded once, however many samples show it
-        (``image_index`` (b,)), and not at all if `encoded` has been given the batch."""
-        soft_prompt = samples["soft_prompt"] if "soft_prompt" in samples else self.encode(samples).soft_prompt
-        return soft_prompt[samples["image_index"]] if "image_index" in samples else soft_prompt
-
-    def encoded(self, samples: Dict[str, Any]) -> Dict[str, Any]:
-        """The batch with the soft prompts of its images, for several passes (answers and a loss) over the same ones."""
-        return {**samples, "soft_prompt": self.encode(samples).soft_prompt}

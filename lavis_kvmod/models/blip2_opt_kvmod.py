@@ -12,44 +12,32 @@ take and give what LAVIS's ``blip2_opt`` does (``lavis/models/blip2_models/blip2
 ``predict_answers``). Without KV modulation the Q-Former's model equals stock BLIP-2.
 """
 
-from contextlib import nullcontext
-from typing import Any, ContextManager, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_kvmod.models import attention_maps, build
-from lavis_kvmod.models.base import SoftPromptModel, model_type_files
+from lavis_kvmod.models.base import model_type_files
 from lavis_kvmod.models.connectors.aux_tokens import AuxTokens
 from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
-from lavis_kvmod.models.connectors.qformer import QFormerOutput
-from lavis_kvmod.models.language.answers import answers_of, mean_loss
+from lavis_kvmod.models.language.answers import answers_of
 from lavis_kvmod.models.language.decoding import Search
 from lavis_kvmod.models.language.gated_cross_attention import GatedLayers
 from lavis_kvmod.models.language.opt import FrozenOPT
-from lavis_kvmod.models.language.soft_prompt import ScoredAnswer, continue_texts, rank_answers, token_losses
+from lavis_kvmod.models.language.soft_prompt import ScoredAnswer, rank_answers
 from lavis_kvmod.models.language.text import (
-    QUESTION,
     Prompt,
-    TextBatch,
     answer_batch,
     caption_batch,
     caption_contexts,
-    question_contexts,
 )
 from lavis_kvmod.models.settings import ANSWER_LOSSES, ModelSettings
+from lavis_kvmod.models.soft_prompts import Encoded, SoftPromptModel
 from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder
 
 INFERENCE_METHODS = ("generate", "rank")
-
-
-class Encoded(NamedTuple):
-    """A batch of images on its way: the Q-Former's output, and the soft prompt (b, q, opt width); with gated layers, in
-    its place, what those attend to (b, q, hidden)."""
-
-    query_output: QFormerOutput
-    soft_prompt: Tensor
 
 
 class Blip2OPTKVMod(SoftPromptModel):
@@ -145,21 +133,6 @@ class Blip2OPTKVMod(SoftPromptModel):
             soft_prompt = torch.cat([self.aux_tokens(features.pooled), soft_prompt], dim=1)
         return Encoded(query_output, soft_prompt)
 
-    @property
-    def num_soft_prompt(self) -> int:
-        """How many vectors stand before the text."""
-        if self.gated_layers is not None:
-            return 0
-        return self.num_outputs + (0 if self.aux_tokens is None else self.aux_tokens.num_tokens)
-
-    def into_language_model(self, of_image: Tensor) -> Tuple[Tensor, ContextManager[None]]:
-        """What `encode` has for an image, as soft prompt (b, q, opt width), and a context in which OPT sees what is not
-        in it: with gated layers q is 0."""
-        if self.gated_layers is None:
-            return of_image, nullcontext()
-        nothing = of_image.new_zeros(len(of_image), 0, self.opt_model.config.word_embed_proj_dim)
-        return nothing, self.gated_layers.within(self.opt_model, of_image)
-
     # ------------------------------------------------------------ loss
 
     def forward(self, samples: Dict[str, Any]) -> Dict[str, Tensor]:
@@ -195,12 +168,6 @@ class Blip2OPTKVMod(SoftPromptModel):
                 split=self.split_texts and self.training,
             )
         return self._language_loss(soft_prompt, text, row_weights)
-
-    def _language_loss(self, soft_prompt: Tensor, text: TextBatch, row_weights: Optional[Tensor]) -> Dict[str, Tensor]:
-        soft_prompt, seeing = self.into_language_model(soft_prompt)
-        with self.autocast_for(self.opt_model), seeing:
-            row, token_loss = token_losses(self.opt_model, soft_prompt, text)
-        return mean_loss(token_loss, None if row_weights is None else row_weights.to(row.device)[row])
 
     # ------------------------------------------------------------ generation
 
@@ -306,28 +273,6 @@ class Blip2OPTKVMod(SoftPromptModel):
         )
         return self._continue(soft_prompt, contexts, search, return_scores)
 
-    def _question_contexts(self, samples: Dict[str, Any], prompt: Prompt = "") -> List[List[int]]:
-        """Token ids of each question in its prompt: the same in training and in evaluation."""
-        count, questions = self.num_samples(samples), samples["text_input"]
-        questions = [questions] * count if isinstance(questions, str) else questions
-        if len(questions) != count:
-            raise ValueError(f"{count} images but {len(questions)} questions")
-        prompt = prompt or samples.get("prompt") or (self.prompt if QUESTION in self.prompt else "")
-        return question_contexts(self.opt_tokenizer, questions, prompt, self.max_txt_len)
-
-    def _continue(
-        self, soft_prompt: Tensor, contexts: List[List[int]], search: Search, return_scores: bool
-    ) -> Union[List[str], List[ScoredAnswer]]:
-        """Let OPT continue each context behind its soft prompt up to the newline; returns what it adds."""
-        tokenizer = self.opt_tokenizer
-        soft_prompt, seeing = self.into_language_model(soft_prompt)
-        with seeing:
-            added = continue_texts(self.opt_model, tokenizer, soft_prompt, contexts, search, stop=self.eos_token_id)
-        texts = [text.strip() for text in tokenizer.batch_decode([a.ids for a in added], skip_special_tokens=True)]
-        if not return_scores:
-            return texts
-        return [ScoredAnswer(text, a.log_prob, len(a.ids)) for text, a in zip(texts, added)]
-
     # ------------------------------------------------------------ features
 
     @torch.no_grad()
@@ -350,18 +295,5 @@ class Blip2OPTKVMod(SoftPromptModel):
         )
 
     def attention_maps(self, samples: Dict[str, Any]) -> attention_maps.AttentionMaps:
-        """Where the model looks: the Q-Former's attention to prefix and image, and what answers were made of.
-
-        The passes are made anew, without gradients and without the fused kernels; nothing stays behind on the model.
-
-        Args:
-            samples: ``image`` (b, 3, H, H); with ``text_input`` and ``prompt`` as in `predict_answers`, the answers are
-                traced too: those in ``answer`` (one for each text), else what the model answers greedily. ``answer``
-                without a question is a caption, behind the model's prompt.
-
-        Raises:
-            ValueError: for a connector without such attention, or as many answers as there are not texts.
-        """
-        if self.gated_layers is not None:
-            raise ValueError("expected a model with a soft prompt; through gated layers no answer is traced")
+        """Where the model looks, and what its answers were made of: see `lavis_kvmod.models.attention_maps`."""
         return attention_maps.attention_maps(self, samples)

@@ -122,7 +122,7 @@ def spied_ours(model, monkeypatch):
         ids.append(torch.cat([text, padded], dim=1))
         return added
 
-    monkeypatch.setattr("lavis_kvmod.models.blip2_opt_kvmod.continue_texts", spy)
+    monkeypatch.setattr("lavis_kvmod.models.soft_prompts.continue_texts", spy)
     return ids
 
 

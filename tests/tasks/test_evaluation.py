@@ -500,7 +500,7 @@ def test_decoding_keys_reach_the_model(build, questions, captions, result_dir, m
         searches.append(search)
         return continue_texts(opt, tokenizer, soft_prompt, contexts, search, **kwargs)
 
-    monkeypatch.setattr("lavis_kvmod.models.blip2_opt_kvmod.continue_texts", spy)
+    monkeypatch.setattr("lavis_kvmod.models.soft_prompts.continue_texts", spy)
     model, model_cfg = build().eval(), {"prompt": ""}
     for cls, dataset, run in (
         (KVModVQATask, questions(), {**keys, "max_len": 4, "min_len": 2}),

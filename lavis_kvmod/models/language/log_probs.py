@@ -19,6 +19,7 @@ def answer_log_probs(model: Any, samples: Dict[str, Any]) -> Tensor:
     targets = answers_of(samples, draw=False)
     asked = [contexts[i] for i in targets.rows.tolist()]
     text = answer_batch(model.opt_tokenizer, asked, targets.answers, model.device)
-    with model.autocast_for(model.opt_model):
-        row, token_loss = token_losses(model.opt_model, model.soft_prompts(samples)[targets.rows], text)
+    soft_prompt, seeing = model.into_language_model(model.soft_prompts(samples)[targets.rows])
+    with model.autocast_for(model.opt_model), seeing:
+        row, token_loss = token_losses(model.opt_model, soft_prompt, text)
     return token_loss.new_zeros(len(targets.answers)).index_add(0, row, -token_loss)

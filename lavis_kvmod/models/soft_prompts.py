@@ -1,0 +1,98 @@
+"""A member with a language model: the image's way into it, questions in front of it, texts out of it."""
+
+from contextlib import nullcontext
+from typing import Any, ContextManager, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
+
+from torch import Tensor
+
+from lavis_kvmod.models.base import KVModBase
+from lavis_kvmod.models.connectors.aux_tokens import AuxTokens
+from lavis_kvmod.models.connectors.qformer import QFormerOutput
+from lavis_kvmod.models.language.answers import mean_loss
+from lavis_kvmod.models.language.decoding import Search
+from lavis_kvmod.models.language.gated_cross_attention import GatedLayers
+from lavis_kvmod.models.language.opt import FrozenOPT
+from lavis_kvmod.models.language.soft_prompt import ScoredAnswer, continue_texts, token_losses
+from lavis_kvmod.models.language.text import QUESTION, Prompt, TextBatch, question_contexts
+
+__all__ = ["Encoded", "SoftPromptModel"]
+
+
+class Encoded(NamedTuple):
+    """A batch of images on its way: the Q-Former's output, and the soft prompt (b, q, opt width); with gated layers, in
+    its place, what those attend to (b, q, hidden)."""
+
+    query_output: QFormerOutput
+    soft_prompt: Tensor
+
+
+class SoftPromptModel(KVModBase):
+    """A member whose query outputs become the soft prompt of a language model. A batch may show an image once for
+    several samples, and may bring soft prompts that have been computed before."""
+
+    opt_model: FrozenOPT
+    opt_tokenizer: Any
+    eos_token_id: int
+    prompt: str
+    max_txt_len: int
+    aux_tokens: Optional[AuxTokens]
+    gated_layers: Optional[GatedLayers]
+
+    def num_samples(self, samples: Mapping[str, Any]) -> int:
+        """How many samples a batch has: texts, where ``image_index`` tells which image each belongs to, else images."""
+        return len(samples["image_index"] if "image_index" in samples else samples["image"])
+
+    def soft_prompts(self, samples: Dict[str, Any]) -> Tensor:
+        """The soft prompt of each sample, (b, q, width). An image is encoded once, however many samples show it
+        (``image_index`` (b,)), and not at all if `encoded` has been given the batch."""
+        soft_prompt = samples["soft_prompt"] if "soft_prompt" in samples else self.encode(samples).soft_prompt
+        return soft_prompt[samples["image_index"]] if "image_index" in samples else soft_prompt
+
+    def encoded(self, samples: Dict[str, Any]) -> Dict[str, Any]:
+        """The batch with the soft prompts of its images, for several passes (answers and a loss) over the same ones."""
+        return {**samples, "soft_prompt": self.encode(samples).soft_prompt}
+
+    # ------------------------------------------------------------ the language model
+
+    @property
+    def num_soft_prompt(self) -> int:
+        """How many vectors stand before the text."""
+        if self.gated_layers is not None:
+            return 0
+        return self.num_outputs + (0 if self.aux_tokens is None else self.aux_tokens.num_tokens)
+
+    def into_language_model(self, of_image: Tensor) -> Tuple[Tensor, ContextManager[None]]:
+        """What `encode` has for an image, as soft prompt (b, q, opt width), and a context in which OPT sees what is not
+        in it: with gated layers q is 0."""
+        if self.gated_layers is None:
+            return of_image, nullcontext()
+        nothing = of_image.new_zeros(len(of_image), 0, self.opt_model.config.word_embed_proj_dim)
+        return nothing, self.gated_layers.within(self.opt_model, of_image)
+
+    def _language_loss(self, soft_prompt: Tensor, text: TextBatch, row_weights: Optional[Tensor]) -> Dict[str, Tensor]:
+        soft_prompt, seeing = self.into_language_model(soft_prompt)
+        with self.autocast_for(self.opt_model), seeing:
+            row, token_loss = token_losses(self.opt_model, soft_prompt, text)
+        return mean_loss(token_loss, None if row_weights is None else row_weights.to(row.device)[row])
+
+    def _question_contexts(self, samples: Dict[str, Any], prompt: Prompt = "") -> List[List[int]]:
+        """Token ids of each question in its prompt: the same in training and in evaluation."""
+        count, questions = self.num_samples(samples), samples["text_input"]
+        questions = [questions] * count if isinstance(questions, str) else questions
+        if len(questions) != count:
+            raise ValueError(f"{count} images but {len(questions)} questions")
+        prompt = prompt or samples.get("prompt") or (self.prompt if QUESTION in self.prompt else "")
+        return question_contexts(self.opt_tokenizer, questions, prompt, self.max_txt_len)
+
+    def _continue(
+        self, soft_prompt: Tensor, contexts: List[List[int]], search: Search, return_scores: bool
+    ) -> Union[List[str], List[ScoredAnswer]]:
+        """Let OPT continue each context behind its soft prompt up to the newline; returns what it adds."""
+        tokenizer = self.opt_tokenizer
+        soft_prompt, seeing = self.into_language_model(soft_prompt)
+        with seeing:
+            added = continue_texts(self.opt_model, tokenizer, soft_prompt, contexts, search, stop=self.eos_token_id)
+        texts = [text.strip() for text in tokenizer.batch_decode([a.ids for a in added], skip_special_tokens=True)]
+        if not return_scores:
+            return texts
+        return [ScoredAnswer(text, a.log_prob, len(a.ids)) for text, a in zip(texts, added)]
