@@ -59,6 +59,7 @@ class KVModBase(Blip2Base):
         ln_vision_loaded: whether ``ln_vision``, which has no file of its own, came with the ViT handed in; else a
             checkpoint must hold it.
         prefix_control: see `lavis_kvmod.models.vision.prefix_controls`; may be set anew at any time.
+        prefix_dropout: the share of samples that are trained without their prefix (BRAVE, arXiv 2404.07204).
 
     A subclass adds its own parts, then calls `_add_prefix` and `_freeze`.
     """
@@ -87,6 +88,7 @@ class KVModBase(Blip2Base):
         feature_cache_dir: Optional[str] = None,
         ln_vision_loaded: bool = True,
         prefix_control: str = "none",
+        prefix_dropout: float = 0.0,
     ):
         super().__init__()
         # Names and order as in LAVIS's models: they are the names in its checkpoints.
@@ -106,6 +108,7 @@ class KVModBase(Blip2Base):
         self.feature_cache = FrozenFeatureCache(feature_cache_gib if cache_frozen_features else 0) if caches else None
         self.ln_vision_loaded = ln_vision_loaded
         self.prefix_control = prefix_control
+        self.prefix_dropout = prefix_dropout
         self.swap_prefix = False  # at test time: another image's prefix, to see whether it is used
 
     def _add_prefix(
@@ -234,7 +237,11 @@ class KVModBase(Blip2Base):
         """Pooled features (b, f) -> one prefix for each cross-attention layer, or None without KV modulation."""
         if self.kv_prefix is None or pooled is None:
             return None
-        return prefix_of_each_layer(self.kv_prefix, pooled, self.Qformer.num_cross_attention_layers, self.kv_gate)
+        dropped = None
+        if self.training and self.prefix_dropout:
+            dropped = torch.rand(len(pooled), device=pooled.device) < self.prefix_dropout
+        layers = self.Qformer.num_cross_attention_layers
+        return prefix_of_each_layer(self.kv_prefix, pooled, layers, self.kv_gate, dropped)
 
     # ------------------------------------------------------------ one image, many texts
 

@@ -142,6 +142,7 @@ def opt_arguments(settings: ModelSettings, *, load: bool = True) -> Dict[str, An
         opt_model=opt_model,
         opt_tokenizer=opt_tokenizer,
         aux_tokens=image_side.aux_tokens,
+        prefix_dropout=settings.prefix_dropout,
         gated_layers=_gated_layers(settings, opt_model, image_side.connector.hidden_size),
         prompt=settings.prompt,
         max_txt_len=settings.max_txt_len,

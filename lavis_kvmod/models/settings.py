@@ -192,6 +192,9 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
     gated_every: int = key(
         4, "with `gated_cross_attention`, in front of every how many of OPT's layers one stands", gt=0
     )
+    prefix_dropout: float = key(
+        0.0, "the share of samples that are trained without their prefix, drawn anew in each batch", ge=0, lt=1
+    )
     num_aux_tokens: int = key(1, "with `aux_fusion: tokens`, how many", gt=0)
     opt_precision: Precision = key("fp16", "storage of OPT's weights")
     opt_grad_checkpoint: bool = key(
@@ -251,7 +254,7 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
             ]
         if self.aux_tokens:
             found += self._of_no_use(
-                ("num_prefix_tokens", "prefix_gate", "prefix_sharing"),
+                ("num_prefix_tokens", "prefix_gate", "prefix_sharing", "prefix_dropout"),
                 f"of a prefix, and connector {self.connector} takes the second encoder's features as tokens",
             )
         else:

@@ -4,7 +4,8 @@
     one softmax     softmax over [ 8 prefix | 257 visual ]
     gated prefix    softmax over [        257 visual ]  +  tanh(g) · softmax over [ 8 prefix ]
 
-The mask is that of the visual tokens alone: prefix positions are never masked.
+The mask is that of the visual tokens alone: prefix positions are never masked, but for samples that go without
+their prefix (`KVPrefix.dropped`).
 """
 
 import math
@@ -81,7 +82,12 @@ def attend_beside_prefix(
     """
     k = torch.cat([prefix.key, k], dim=2)
     v = torch.cat([prefix.value, v], dim=2)
-    if mask is not None:
+    if prefix.dropped is not None:
+        hidden = torch.zeros_like(prefix.dropped, dtype=q.dtype).masked_fill(prefix.dropped, -torch.inf)
+        visual = q.new_zeros(len(hidden), 1, 1, k.shape[2] - prefix.key.shape[2]) if mask is None else mask
+        of_prefix = hidden.view(-1, 1, 1, 1).expand(-1, *visual.shape[1:3], prefix.key.shape[2])
+        mask = torch.cat([of_prefix, visual.expand(len(hidden), -1, -1, -1)], dim=-1)
+    elif mask is not None:
         mask = F.pad(mask, (prefix.key.shape[2], 0), value=0.0)
     return attend(q, k, v, mask, dropout=dropout, maps=maps)
 
@@ -110,6 +116,8 @@ def attend_gated_prefix(
     # without a prefix, seed for seed.
     added, added_probs = attend(q, prefix.key, prefix.value, maps=maps)
     gate = gate.to(values.dtype).view(1, -1, 1, 1)
+    if prefix.dropped is not None:
+        gate = gate * ~prefix.dropped.view(-1, 1, 1, 1)
     values = values + gate * added
     if probs is not None and added_probs is not None:
         probs = torch.cat([gate * added_probs, probs], dim=-1)

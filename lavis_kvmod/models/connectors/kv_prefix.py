@@ -14,12 +14,14 @@ from torch import Tensor, nn
 class KVPrefix(NamedTuple):
     """What one cross-attention layer gets: Keys and Values (b, h, p, d), and the layer's gate.
 
-    ``gate`` is None for plain concatenation, or the *opened* gate tanh(g), one number per head (h,).
+    ``gate`` is None for plain concatenation, or the *opened* gate tanh(g), one number per head (h,). ``dropped`` (b,)
+    is true for the samples that go without their prefix; None drops none.
     """
 
     key: Tensor
     value: Tensor
     gate: Optional[Tensor] = None
+    dropped: Optional[Tensor] = None
 
 
 class KeyProjection(nn.Linear):
@@ -109,14 +111,19 @@ class KVPrefixGenerator(nn.Module):
 
 
 def prefix_of_each_layer(
-    generator: KVPrefixGenerator, pooled: Tensor, num_layers: int, gate: Optional[Tensor] = None
+    generator: KVPrefixGenerator,
+    pooled: Tensor,
+    num_layers: int,
+    gate: Optional[Tensor] = None,
+    dropped: Optional[Tensor] = None,
 ) -> List[KVPrefix]:
     """Pooled features (b, feature_dim) -> one prefix for each cross-attention layer.
 
     ``gate`` holds one closed or opened number a layer and head (c, h); with it the prefix has a softmax of its own.
+    ``dropped`` (b,) says which samples go without theirs.
     """
     key, value = generator(pooled, own_softmax=gate is not None)
     if key.ndim == 4:  # one prefix, shared by all layers
         key, value = key.expand(num_layers, *key.shape), value.expand(num_layers, *value.shape)
     gates = [None] * num_layers if gate is None else gate.tanh()
-    return [KVPrefix(*of_layer) for of_layer in zip(key, value, gates)]
+    return [KVPrefix(*of_layer, dropped) for of_layer in zip(key, value, gates)]

@@ -243,6 +243,11 @@ def test_sizes_of_the_published_models():
         (dict(connector_geometry=dict(depth=2)), "connector qformer takes none .*qformer_geometry"),
         (dict(connector="linear", aux_fusion="prefix"), "aux_fusion: connector linear has no cross-attention"),
         (dict(connector="linear", prefix_gate="tanh"), "prefix_gate: of a prefix, and connector linear .*got tanh"),
+        (
+            dict(connector="linear", prefix_dropout=0.5),
+            "prefix_dropout: of a prefix, .*expected 0.0, the default, got 0.5",
+        ),
+        (dict(prefix_dropout=1.0), "prefix_dropout: expected a number from 0, below 1, got 1.0|below 1; got 1.0"),
         (dict(gated_every=2), "gated_every: read with fusion: gated_cross_attention alone"),
         (dict(num_aux_tokens=2), "num_aux_tokens: read with aux_fusion: tokens alone; expected 1, .*got 2"),
     ],

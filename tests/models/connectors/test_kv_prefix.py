@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from lavis_kvmod import KVPrefixGenerator
+from lavis_kvmod.models.connectors.attention import attend_with
+from lavis_kvmod.models.connectors.kv_prefix import KVPrefix
 
 
 def test_shapes_at_published_geometry():
@@ -58,3 +60,32 @@ def test_a_bias_that_all_keys_of_a_softmax_share_gets_an_exact_zero():
 
     assert not gradient(k_alone, v_alone).any()
     assert gradient(torch.cat([k, others], dim=2), torch.cat([v, others], dim=2)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("gate", [None, torch.tensor([0.4, -0.7])])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("maps", [False, True])
+def test_a_sample_whose_prefix_is_dropped_attends_as_without_one(gate, masked, maps):
+    q, k, v = torch.randn(3, 2, 5, 4), torch.randn(3, 2, 7, 4), torch.randn(3, 2, 7, 4)
+    prefix = KVPrefix(torch.randn(3, 2, 6, 4), torch.randn(3, 2, 6, 4), gate)
+    mask = torch.randn(3, 1, 1, 7) if masked else None
+    dropped = torch.tensor([False, True, False])
+    told = attend_with(prefix._replace(dropped=dropped), q, k, v, mask, maps=maps)
+    with_prefix, without = attend_with(prefix, q, k, v, mask, maps=maps), attend_with(None, q, k, v, mask, maps=maps)
+    assert torch.allclose(told.values[~dropped], with_prefix.values[~dropped], atol=1e-6)
+    assert torch.allclose(told.values[dropped], without.values[dropped], atol=1e-6)
+    assert not torch.allclose(with_prefix.values[dropped], without.values[dropped], atol=1e-3)
+    if maps:
+        assert not told.probs[dropped][..., :6].any()
+        assert torch.allclose(told.probs[dropped][..., 6:], without.probs[dropped], atol=1e-6)
+
+
+def test_prefixes_are_dropped_in_training_alone_and_all_parameters_get_gradients(build, vqa_batch, images):
+    model = build(prefix_dropout=0.5)
+    pooled = model.aux_encoder(images(2)).repeat(100, 1)
+    torch.manual_seed(0)
+    dropped = model.train().prefixes(pooled)[0].dropped
+    assert 70 < dropped.sum() < 130
+    assert model.eval().prefixes(pooled)[0].dropped is None and build().train().prefixes(pooled)[0].dropped is None
+    model.train()({**vqa_batch})["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
