@@ -194,3 +194,24 @@ def test_a_control_needs_a_prefix_and_a_known_name(build, images):
     model.prefix_control = "noise"
     with pytest.raises(ValueError, match="expected one of none, constant"):
         pooled_of(model, {"image": images(1)})
+
+
+@pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-lite0"])
+def test_on_a_cpu_a_folded_copy_computes_the_same(name):
+    """And follows the weights; what is saved stays the network's own."""
+    encoder = build_auxiliary_encoder(name, load=False)
+    generator = torch.Generator().manual_seed(0)
+    for norm in (m for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.running_mean.normal_(0, 0.1, generator=generator)
+        norm.running_var.uniform_(0.5, 1.5, generator=generator)
+        norm.weight.data.uniform_(0.8, 1.6, generator=generator)
+    names = set(encoder.state_dict())
+    image = torch.randn(2, 3, 64, 64, generator=generator)
+    for _ in range(2):
+        expected = encoder.backbone(encoder.renormalise(image)).flatten(1)
+        network = encoder._folded(encoder.backbone)
+        assert network is not encoder.backbone and network is encoder._folded(encoder.backbone)
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())
+        torch.testing.assert_close(encoder(image), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        encoder.load_state_dict({key: value * 1.01 for key, value in encoder.state_dict().items()})
+    assert set(encoder.state_dict()) == names

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavis_kvmod.models.vision.auxiliary.folded import Folded
+
 # BLIP's image processors (lavis/processors/blip_processors.py) normalise with CLIP's statistics …
 BLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 BLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -42,6 +44,7 @@ class AuxiliaryEncoder(nn.Module):
     def __init__(self, backbone: Backbone, image_size: Optional[int] = None):
         super().__init__()
         self.backbone = backbone.module
+        self._folded = Folded()
         self.feature_dim = backbone.feature_dim
         self.image_size = image_size
         # (x * BLIP_STD + BLIP_MEAN - mean) / std as one multiply-add; constants, so not part of the state dict.
@@ -62,7 +65,10 @@ class AuxiliaryEncoder(nn.Module):
         image = self.renormalise(image)
         if self.image_size is not None and image.shape[-2:] != (self.image_size,) * 2:
             image = F.interpolate(image, size=(self.image_size,) * 2, mode="bilinear", align_corners=False)
-        return self.backbone(image).flatten(1).float()
+        network = self._folded(self.backbone)
+        if network is not self.backbone:
+            image = image.contiguous(memory_format=torch.channels_last)
+        return network(image).flatten(1).float()
 
     def renormalise(self, image: Tensor) -> Tensor:
         """From BLIP's normalisation to the backbone's: (b, 3, H, W) -> the same shape."""
