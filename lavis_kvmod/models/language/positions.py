@@ -60,7 +60,9 @@ def length_problems(
     generated, trained = soft_prompt + text + max_len, soft_prompt + max_txt_len
     problems = []
     if soft_prompt >= has:
-        return [f"model.{told_by} {soft_prompt} positions of {opt_model}'s {has}: no text fits behind; take fewer"]
+        return [
+            f"model.{told_by} gives {soft_prompt} vectors, and {opt_model} has {has} positions: no text fits behind"
+        ]
     if generated > has:
         problems.append(
             f"run.max_len: model.{told_by} {soft_prompt} + {called} {text} + {max_len} = {generated} "

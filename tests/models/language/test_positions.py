@@ -55,3 +55,11 @@ def test_a_run_that_is_too_long_is_told_before_it_starts(opt_folder):
     problems = length_problems(opt_model="facebook/opt-2.7b", soft_prompt=32, max_txt_len=4096, max_len=10)
     assert [p.split(":")[0] for p in problems] == ["run.max_len", "model.max_txt_len"]
     assert length_problems(opt_model="somebody/unheard-of", max_len=9999, **SIZES) == []
+
+
+def test_an_image_that_takes_all_positions_is_told():
+    sizes = dict(soft_prompt=2502, max_txt_len=32, max_len=10, told_by="connector: linear")
+    (problem,) = length_problems(opt_model="facebook/opt-2.7b", **sizes)
+    assert problem == (
+        "model.connector: linear gives 2502 vectors, and facebook/opt-2.7b has 2048 positions: no text fits behind"
+    )
