@@ -1,10 +1,12 @@
 """``lavis-kvmod ablate``: train every arm of a study with several seeds, and say what the differences are worth."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any, Dict
@@ -39,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run a study; returns the exit status. Starting it again goes on where it was stopped."""
     set_up_logging()
+    with contextlib.suppress(ValueError):  # only a main thread may
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that workers are told
     try:
         study, configs = load_study(args.study, args.cfg_path, load_config, args.options)
         output = absolute(args.output_dir or f"output/{study.name}")

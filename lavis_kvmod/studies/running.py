@@ -115,6 +115,8 @@ def _workers(jobs: int) -> Iterator[Optional[concurrent.futures.Executor]]:
             yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # a training that is asked to stop saves first
             raise
 
 

@@ -1,6 +1,9 @@
 """`lavis-kvmod ablate`: a small study in this process, stopped and gone on with, and what is told of a bad one."""
 
 import json
+import multiprocessing
+import signal
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -27,6 +30,13 @@ STUDY = {
     "shows_not": ["Anything: it is too small."],
     "resamples": 200,
 }
+
+
+@pytest.fixture(autouse=True)
+def _same_sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture()
@@ -128,6 +138,17 @@ def test_two_trainings_at_once_give_what_one_after_the_other_does(study_of, tmp_
     assert found[1] == found[2]
     (told,) = (tmp_path / "jobs2" / "runs").glob("A5-seed1-*/output.txt")
     assert "Training time" in told.read_text()
+
+
+def test_who_stops_a_study_stops_its_workers():
+    with pytest.raises(KeyboardInterrupt), running._workers(2) as pool:
+        pool.submit(time.sleep, 200)
+        workers = multiprocessing.active_children()
+        raise KeyboardInterrupt
+    assert workers
+    for worker in workers:
+        worker.join(20)
+        assert not worker.is_alive()
 
 
 def test_a_training_that_fails_is_named(study_of, monkeypatch, capsys):
