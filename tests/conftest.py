@@ -28,6 +28,25 @@ from lavis_kvmod import Blip2OPTKVMod
 # These models are too small to share out: threads would only wait for each other, and for whatever else runs.
 torch.set_num_threads(1)
 
+# Files that take long, for their number of tests: in a whole run they are begun first, so that none of them is what all
+# processes but one wait for at the end. Before the last three, which compute memory, come those that fork a training:
+# PyTorch refuses a backward pass in a fork of a process that has had one for a GPU, be it a fake one.
+LONG = ("test_install", "test_processes", "test_resume", "test_signals", "test_sharding", "test_run_folder")
+LONG += ("test_run_file", "test_runs", "test_train", "test_benchmarks", "test_promises", "test_own_files_end_to_end")
+LONG += ("test_evaluation", "test_blip2_opt_kvmod", "test_blip2_kvmod_ranks", "test_matrix", "test_params")
+LONG += ("test_convert", "test_evaluate", "test_hook", "test_estimate", "test_memory", "test_doctor")
+
+
+def pytest_configure(config):
+    """pytest-xdist would begin with the files of the most tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 QFORMER = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
 QUERIES = 5
 TEXTS = [
