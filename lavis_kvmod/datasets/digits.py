@@ -229,12 +229,14 @@ class _CaptionsBuilder(_DigitsBuilder):
     @classmethod
     def config_problems(cls, section: DictConfig) -> List[str]:
         """Splits that are not there, and shares that are none."""
+        problems = cls.section_problems(section)
         given = OmegaConf.select(section, "build_info.wrong_captions")
         if given is None:
-            return []
+            return problems
         if not OmegaConf.is_dict(given):
-            return [f"build_info.wrong_captions: expected shares by split, such as {{train: 0.3}}; got {given!r}"]
-        return [
+            told = f"build_info.wrong_captions: expected shares by split, such as {{train: 0.3}}; got {given!r}"
+            return [*problems, told]
+        return problems + [
             f"build_info.wrong_captions.{split}: expected a share from 0 to 1 of one of {', '.join(digits.SPLITS)}; "
             f"got {share!r}"
             for split, share in given.items()

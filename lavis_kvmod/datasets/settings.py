@@ -64,6 +64,11 @@ class FileSettings(Settings):
     answer_list: Any = key(
         None, "`vqav2`: candidates for `rank`, a path or `{url, storage}`", expected="a path or a table"
     )
+    wrong_captions: Any = key(
+        {},
+        "`digits_caption`: `{train: 0.3}` gives so many of a split's scans the captions of others",
+        expected="shares by split",
+    )
 
     tables: ClassVar[Dict[str, Type[Settings]]] = {"images": ImagesSettings}
 

@@ -11,6 +11,7 @@ from lavis_kvmod import Blip2OPTKVMod
 from lavis_kvmod.commands.launch import build_runner, load_config
 from lavis_kvmod.config.keys import TABLES
 from lavis_kvmod.datasets.custom import CustomCaptionBuilder, CustomVQABuilder
+from lavis_kvmod.datasets.digits import DigitsCaptionBuilder
 from lavis_kvmod.datasets.digits_pages import DigitsPagesBuilder
 from lavis_kvmod.datasets.shards.builders import WdsVQABuilder
 from lavis_kvmod.datasets.vqav2 import VQAv2Builder
@@ -157,6 +158,7 @@ def test_every_key_of_a_data_set_is_read_by_its_builder(read, write_run, benchma
         (VQAv2Builder, official),
         (WdsVQABuilder, OmegaConf.merge(sections_of(WdsVQABuilder), shards)),
         (DigitsPagesBuilder, sections_of(DigitsPagesBuilder)),
+        (DigitsCaptionBuilder, sections_of(DigitsCaptionBuilder)),
     ):
         assert "train" in builder(section).build_datasets()
     tables = [table.declared for table in TABLES.values() if table.section == "datasets"]
