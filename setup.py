@@ -33,6 +33,7 @@ DEV = [
     "pytest-timeout",
     "pytest-xdist",
     "ruff",
+    "selenium",
     "setuptools>=64",
     "tensorboard",
     "types-PyYAML",

@@ -27,6 +27,7 @@ _COMMANDS = {
     "capfilt": ("lavis_kvmod.commands.capfilt", "keep what fits of noisy texts, and of those a captioner writes"),
     "search": ("lavis_kvmod.commands.search", "find images for a text among such features"),
     "ablate": ("lavis_kvmod.commands.ablate", "train every arm of a study with several seeds, and compare them"),
+    "app": ("lavis_kvmod.commands.app", "ask a model about pictures, on a page in the browser (this machine only)"),
     "demo": (
         "lavis_kvmod.commands.demo",
         "train on scanned digits with and without KV modulation, and compare (CPU, minutes)",
