@@ -46,7 +46,7 @@ map: $(STAMP) ## write the lists of rooms in README.md and docs/architecture.md 
 
 # By path: LAVIS's wheel installs a package `benchmarks`, which `python -m` would find instead.
 # Options go in ARGS, for example: make bench ARGS='--rows caption_step --keep'
-bench: $(STAMP) ## measure speed and memory against stock LAVIS (8 minutes on two cores), and what an interpreter's start costs
+bench: $(STAMP) ## measure speed and memory against stock LAVIS (11 minutes on two cores), and what an interpreter's start costs
 	@$(BIN)/python benchmarks/bench_startup.py
 	@$(BIN)/python -W ignore benchmarks/bench_speed.py $(ARGS)
 	@$(BIN)/python benchmarks/speed_tables.py
