@@ -8,6 +8,7 @@ half precision, and only what it needs *beyond* what the forward pass kept is ta
 Not in it: the CUDA context, workspaces of cuBLAS and cuDNN, and the allocator's fragmentation.
 """
 
+import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ from lavis_kvmod.models.blip2_opt_kvmod import Blip2OPTKVMod
 from lavis_kvmod.models.language.decoding import Steps
 from lavis_kvmod.models.language.soft_prompt import full_mask, token_losses
 from lavis_kvmod.models.language.text import TextBatch
+from lavis_kvmod.models.vision.auxiliary.folded import fold
 from lavis_kvmod.system.precision import amp_dtype, autocast
 
 ADAMW_STATES = 2  # two running means a trained parameter
@@ -104,7 +106,7 @@ def estimate(
 
     trained = _bytes(p for p in model.parameters() if p.requires_grad)
     states = ADAMW_STATES * trained if train or optimizer else 0
-    weights, gathered = _weights(model, shards)
+    weights, gathered = _weights(model, device, shards)
     if not train:
         peak, cache = _generate(model, device, dtype, **size, **generating)
         return MemoryEstimate(weights, optimizer=states, kv_cache=cache, workspace=peak - cache + gathered)
@@ -137,11 +139,16 @@ def _on_device(model: Blip2OPTKVMod, device: str) -> Blip2OPTKVMod:
     return model
 
 
-def _weights(model: Blip2OPTKVMod, shards: int) -> Tuple[Dict[str, int], int]:
+def _weights(model: Blip2OPTKVMod, device: str, shards: int) -> Tuple[Dict[str, int], int]:
     """Bytes of the weights by part; and, where the language model is sharded, of the whole layers that a GPU holds
     beside its share: the one that runs and the next, which is fetched meanwhile (`lavis_kvmod.system.sharding`)."""
     weights = {row.part: row.bytes for row in model.parts()}
     weights["buffers"] = _bytes(model.buffers())
+    if device == "cpu" and model.aux_encoder is not None:
+        # What the CPU computes with, beside the weights that are saved. Shapes are enough: all on "meta".
+        folded = fold(copy.deepcopy(model.aux_encoder.backbone).to("meta"))
+        if folded is not None:
+            weights["aux_encoder, folded"] = _bytes([*folded.parameters(), *folded.buffers()])
     if shards == 1:
         return weights, 0
     layers = [_bytes(layer.parameters()) for layer in model.opt_model.model.decoder.layers]

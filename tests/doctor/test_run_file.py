@@ -170,7 +170,7 @@ def test_the_published_model_on_a_24_gib_gpu(monkeypatch):
     training, evaluation = found[-2:]
     assert training.mark == evaluation.mark == WRONG
     assert "model.opt_grad_checkpoint=true (" in training.step
-    assert "run.batch_size_train=32 run.accum_grad_iters=" in training.step
+    assert "run.batch_size_train=64 run.accum_grad_iters=" in training.step
     assert evaluation.step == "run.batch_size_eval=64"
 
 

@@ -9,6 +9,7 @@ from lavis_kvmod.memory.estimate import estimate
 from lavis_kvmod.memory.ledger import Ledger
 from lavis_kvmod.models import base
 from lavis_kvmod.models.language import opt
+from lavis_kvmod.models.vision.auxiliary.folded import Folded
 
 QUERIES = 5  # of the small models in conftest.py
 
@@ -66,6 +67,8 @@ HALF = {"opt_precision": "bf16", "vit_precision": "bf16"}  # which a CPU without
 )
 def test_a_training_step_takes_what_was_computed(build, model_config, images, monkeypatch, overrides, has_bf16):
     monkeypatch.setattr(base, "cpu_has_bf16", lambda: has_bf16)
+    # The folded copy is counted with the weights, and takes less while it runs than the network does.
+    monkeypatch.setattr(Folded, "__call__", lambda self, network: network)
     model = build(**overrides).float().train()  # as LAVIS's loader has it on the CPU
     batch = {"image": images(80), "text_input": [CAPTION] * 80}  # enough for activations to outweigh AdamW
     kept, saved, peak = real_step(model, batch)
@@ -175,3 +178,14 @@ def test_sizes_that_cannot_be(model_config):
         estimate(model_config(), batch_size=0, text_length=4)
     with pytest.raises(ValueError, match="expected at most 128 positions, as the language model has, got 205: 5 of"):
         estimate(model_config(), batch_size=1, text_length=200)
+
+
+def test_the_copy_that_a_cpu_folds_counts_as_weights(build, model_config, images):
+    model = build()
+    model.aux_encoder(images(1))
+    copy = model.aux_encoder._folded(model.aux_encoder.backbone)
+    assert copy is not model.aux_encoder.backbone
+    held = sum(tensor.nbytes for tensor in [*copy.parameters(), *copy.buffers()])
+    on = {device: estimate(model_config(), batch_size=1, text_length=4, device=device) for device in ("cpu", "cuda")}
+    assert on["cpu"].weights["aux_encoder, folded"] == held > 10 * 2**20
+    assert "aux_encoder, folded" not in on["cuda"].weights
