@@ -1,5 +1,6 @@
 """Small real models: LAVIS's own classes and real files, at a geometry that runs in milliseconds."""
 
+import logging
 import os
 
 # Before torch is imported: where there is a GPU the tests see none, and so are the same everywhere (and may fork, which
@@ -197,6 +198,16 @@ def stock(files):
     model.visual_encoder.load_state_dict(reading.read_weights(files.vit))
     model.load_state_dict(reading.read_weights(files.blip2), strict=False)
     return model
+
+
+@pytest.fixture(autouse=True)
+def _same_log_handlers():
+    """A command's `set_up_logging` holds the stream of the test that called it, which is closed afterwards."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in [h for h in root.handlers if type(h) is logging.StreamHandler and h not in before]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)
