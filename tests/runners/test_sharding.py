@@ -4,7 +4,6 @@ import copy
 import os
 import socket
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -17,8 +16,6 @@ def sharded_types(layer):
     return {type(parameter).__name__ for parameter in layer.parameters()}
 
 
-# Aborts now and then in FSDP's backward over gloo (PyTorch 2.14.1, two cores: 14 of 60 runs, 0 of 13 in other tries).
-@pytest.mark.slow
 def test_one_root_over_the_decoder_lets_go_of_each_layer(build, in_process):
     """Layers that are roots of their own gather nothing ahead, and in PyTorch 2.6 keep what they gathered."""
     opt = build().opt_model
