@@ -10,7 +10,7 @@ The latents attend to the image and to themselves in one softmax: that is its se
 and the feed-forward is a squared ReLU (Flamingo's table 5).
 """
 
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lavis_kvmod.models.connectors.kv_prefix import KVPrefix
 from lavis_kvmod.models.connectors.qformer import MultiHeadAttention, QFormerOutput
 from lavis_kvmod.models.connectors.registry import ConnectorSizes, register_connector
+from lavis_kvmod.models.connectors.resampling import require_heads, resample
 from lavis_kvmod.system.schema import Settings, key
 
 
@@ -108,7 +109,6 @@ class Perceiver(nn.Module):
         Raises:
             ValueError: for more frames than have an embedding, or another number of prefixes than layers.
         """
-        require_prefixes(prefix, self.num_cross_attention_layers)
         frames = encoder_hidden_states if encoder_hidden_states.ndim == 4 else encoder_hidden_states.unsqueeze(1)
         if frames.shape[1] > len(self.time_embeddings):
             raise ValueError(
@@ -116,28 +116,8 @@ class Perceiver(nn.Module):
                 "connector_geometry.max_frames"
             )
         image = (frames + self.time_embeddings[: frames.shape[1]]).flatten(1, 2)  # (b, frames * n, width)
-        latents, maps = query_embeds, []
-        for i, layer in enumerate(self.layers):
-            latents, probs = layer(latents, image, prefix[i] if prefix is not None else None, output_attentions)
-            maps.append(probs)
-        return QFormerOutput(self.norm(latents), cross_attentions=without_latents(maps, latents.shape[1]))
-
-
-def require_heads(name: str, width: int, num_heads: int) -> None:
-    """Raises ValueError if ``num_heads`` does not divide the width of the connector ``name``."""
-    if width % num_heads:
-        raise ValueError(f"connector_geometry.num_heads: expected a divisor of {name}'s width {width}, got {num_heads}")
-
-
-def require_prefixes(prefix: Optional[Sequence[KVPrefix]], layers: int) -> None:
-    """Raises ValueError if there are prefixes, but not one for each layer."""
-    if prefix is not None and len(prefix) != layers:
-        raise ValueError(f"expected one prefix for each of {layers} cross-attention layers, got {len(prefix)}")
-
-
-def without_latents(maps: Sequence[Optional[Tensor]], latents: int) -> Optional[List[Tensor]]:
-    """Attention maps (b, h, q, p + n + q) without their last columns; None where none were asked for."""
-    return [probs[..., :-latents] for probs in maps if probs is not None] or None
+        latents, maps = resample(self.layers, query_embeds, image, prefix, output_attentions)
+        return QFormerOutput(self.norm(latents), cross_attentions=maps)
 
 
 class PerceiverGeometry(Settings):

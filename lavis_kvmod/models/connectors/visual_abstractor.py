@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_kvmod.models.connectors.kv_prefix import KVPrefix
-from lavis_kvmod.models.connectors.perceiver import require_heads, require_prefixes, without_latents
 from lavis_kvmod.models.connectors.qformer import MultiHeadAttention, QFormerOutput
 from lavis_kvmod.models.connectors.registry import ConnectorSizes, register_connector
+from lavis_kvmod.models.connectors.resampling import require_heads, resample
 from lavis_kvmod.system.schema import Settings, key
 
 
@@ -99,13 +99,8 @@ class VisualAbstractor(nn.Module):
         Raises:
             ValueError: for another number of prefixes than layers.
         """
-        require_prefixes(prefix, self.num_cross_attention_layers)
-        queries, maps = query_embeds, []
-        for i, layer in enumerate(self.layers):
-            of_layer = prefix[i] if prefix is not None else None
-            queries, probs = layer(queries, encoder_hidden_states, of_layer, output_attentions)
-            maps.append(probs)
-        return QFormerOutput(queries, cross_attentions=without_latents(maps, queries.shape[1]))
+        queries, maps = resample(self.layers, query_embeds, encoder_hidden_states, prefix, output_attentions)
+        return QFormerOutput(queries, cross_attentions=maps)
 
 
 class VisualAbstractorGeometry(Settings):
