@@ -8,30 +8,17 @@ import urllib.request
 from contextlib import contextmanager
 
 import pytest
-from omegaconf import OmegaConf
 from PIL import Image
-from small_vit import SIZE
 from streamlit.testing.v1 import AppTest
 
-from lavis_kvmod import Blip2OPTKVMod
 from lavis_kvmod.commands import app, cli
 from lavis_kvmod.commands.page.batch import MOST_QUESTIONS, answers_table, read_questions
-from lavis_kvmod.weights import files as checkpoints
 
 
 @pytest.fixture(scope="module")
-def checkpoint(model_config, tmp_path_factory):
+def checkpoint(run_folder):
     """A small model's, in the folder of a run."""
-    folder = tmp_path_factory.mktemp("run")
-    processors = {"vis_processor": {"eval": {"name": "blip_image_eval", "image_size": SIZE}}}
-    processors["text_processor"] = {"eval": {"name": "blip_question"}}
-    section = model_config(num_prefix_tokens=3)
-    cfg = {"model": section, "datasets": {"custom_vqa": processors}, "run": {"prompt": "Q: {} A:"}}
-    OmegaConf.save(OmegaConf.create(cfg), folder / "config.yaml")
-    model = Blip2OPTKVMod.from_config(section)
-    trained = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
-    checkpoints.save({"model": trained}, folder / "checkpoint_best.pth")
-    return str(folder / "checkpoint_best.pth")
+    return str(run_folder / "checkpoint_best.pth")
 
 
 def _page(choices):
