@@ -7,6 +7,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from lavis_kvmod.commands.launch import ready
 from lavis_kvmod.models.language.soft_prompt import ScoredAnswer
 from lavis_kvmod.models.language.text import QUESTION
 from lavis_kvmod.system.paths import expanded
@@ -82,8 +83,7 @@ def load_model(model_type: Optional[str] = None, checkpoint: Optional[str] = Non
         section = OmegaConf.merge(section, {"load_finetuned": True, "finetuned": checkpoint})
     if section.get("arch", "blip2_opt_kvmod") != "blip2_opt_kvmod":
         raise ValueError(f"{checkpoint} is of a {section.arch}; only blip2_opt_kvmod answers questions")
-    model = Blip2OPTKVMod.from_config(section).eval()
-    model = (model.float() if torch.device(device).type == "cpu" else model).to(device)
+    model = ready(Blip2OPTKVMod.from_config(section), device)
     see, read = _processors(cfg)
     prompt = str(OmegaConf.select(cfg, "run.prompt") or DEFAULT_PROMPT)
     named = model_type or section.get("model_type") or "demo"

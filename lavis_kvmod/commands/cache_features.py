@@ -12,8 +12,8 @@ from typing import Any, Dict, Iterator, List, Sequence
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from lavis_kvmod.commands.launch import load_config, seed_everything, set_up_logging
-from lavis_kvmod.datasets.loading.images import first_with_same_image
+from lavis_kvmod.commands.launch import load_config, ready, seed_everything, set_up_logging
+from lavis_kvmod.datasets.loading.images import one_of_each_image
 from lavis_kvmod.models.vision.feature_cache import TOGETHER, FrozenFeatureCache
 from lavis_kvmod.models.vision.feature_files import FeatureFiles, FeatureFilesError, FeatureWriter
 from lavis_kvmod.runners.epochs import on_device
@@ -70,7 +70,7 @@ def cache_features(cfg_path: str, options: Sequence[str], splits: Sequence[str])
     model = task.build_model(cfg)
     own = model.fingerprint()
     device = torch.device(cfg.run_cfg.device)
-    model = (model if device.type == "cuda" else model.float()).to(device).eval()
+    model = ready(model, device)
     on_main(lambda: FeatureWriter(folder, own).remove_damaged())
     writer = FeatureWriter(folder, own, get_rank())
     known = FeatureFiles(folder)
@@ -104,9 +104,7 @@ def _images(datasets: Dict[str, Any], split: str, num_workers: int) -> Iterator[
         known = sorted({name for splits in datasets.values() for name in splits})
         raise FeatureFilesError(f"--splits: no data set has a split {split!r}; there are {', '.join(known)}")
     for dataset in parts:
-        first = first_with_same_image(dataset)
-        all_of = range(len(dataset)) if first is None else sorted(set(first.tolist()))
-        mine = list(all_of)[get_rank() :: get_world_size()]
+        mine = one_of_each_image(dataset)[get_rank() :: get_world_size()]
         loader = DataLoader(Subset(dataset, mine), TOGETHER, num_workers=num_workers, collate_fn=_as_they_are)
         for samples in Progress(loader, f"features of {split}", log_every=50):
             if any("image_key" not in sample for sample in samples):

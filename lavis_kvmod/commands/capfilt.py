@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence
 
-import torch
 from lavis.common.registry import registry
 
-from lavis_kvmod.commands.launch import TOLD, seed_everything, set_up_logging
+from lavis_kvmod.commands.launch import TOLD, ready, seed_everything, set_up_logging, weights_named
 from lavis_kvmod.config.checking import model_problems
 from lavis_kvmod.config.loading import KVModConfig, load_config, read_config
 from lavis_kvmod.datasets.bad_samples import BadDataError
@@ -17,6 +16,7 @@ from lavis_kvmod.datasets.shards.datasets import ShardDataset
 from lavis_kvmod.datasets.shards.packing import Item, Packer, PackSettings, items_of
 from lavis_kvmod.datasets.shards.rows import CAPTION
 from lavis_kvmod.system.distributed import gather, get_rank, get_world_size, init_distributed, leaves_group, on_main
+from lavis_kvmod.system.paths import expanded
 from lavis_kvmod.system.progress import Progress
 from lavis_kvmod.system.schema import ConfigurationError
 from lavis_kvmod.tasks import capfilt as work
@@ -69,12 +69,11 @@ def capfilt(
     seed_everything(cfg.run_cfg.seed)
     task = tasks.setup_task(cfg)
     (dataset,) = [splits[split] for splits in task.build_datasets(cfg).values() if split in splits]
-    folder = Path(out).expanduser()
-    made_by = {"filter": _weights(cfg), "captioner": None if writer_cfg is None else _weights(writer_cfg)}
+    folder = expanded(out)
+    made_by = {"filter": weights_named(cfg), "captioner": None if writer_cfg is None else weights_named(writer_cfg)}
     on_main(lambda: work.begin(folder, {**settings._asdict(), **made_by, "split": split, "texts": len(dataset)}))
-    device = torch.device(cfg.run_cfg.device)
-    judge = _ready(cfg, device)
-    writer = None if writer_cfg is None else _ready(writer_cfg, device)
+    judge = _model(cfg, cfg.run_cfg.device)
+    writer = None if writer_cfg is None else _model(writer_cfg, cfg.run_cfg.device)
     items = _items(dataset, split)
     blocks = work.blocks_of(Progress(items, "judging", log_every=1000, total=len(dataset)), settings.block)
     CapFilt(judge, writer, settings, folder).run(blocks, get_rank(), get_world_size())
@@ -96,14 +95,8 @@ def _captioner(cfg_path: str, options: Sequence[str]) -> KVModConfig:
     return cfg
 
 
-def _weights(cfg: KVModConfig) -> str:
-    model = cfg.model_cfg
-    return str((model.get("finetuned") if model.get("load_finetuned") else model.get("pretrained")) or "")
-
-
-def _ready(cfg: KVModConfig, device: torch.device) -> Any:
-    model = registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg)
-    return (model.float() if device.type == "cpu" else model).to(device).eval()
+def _model(cfg: KVModConfig, device: str) -> Any:
+    return ready(registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg), device)
 
 
 def _items(dataset: Any, split: str) -> Iterable[Item]:

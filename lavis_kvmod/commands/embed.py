@@ -1,21 +1,20 @@
 """``lavis-kvmod embed``: the features of a split's images and texts, by a stage-1 model, in a file."""
 
 import argparse
-import contextlib
 import os
 import sys
-from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
 
 import torch
 
-from lavis_kvmod.commands.launch import TOLD, seed_everything, set_up_logging
+from lavis_kvmod.commands.launch import TOLD, ready, seed_everything, set_up_logging, weights_named
 from lavis_kvmod.config.loading import KVModConfig, load_config
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.cells import said
-from lavis_kvmod.system.precision import amp_dtype
+from lavis_kvmod.system.paths import expanded
+from lavis_kvmod.system.precision import amp_dtype, autocast
 from lavis_kvmod.system.progress import Progress
-from lavis_kvmod.tasks.embedding import Features, embed_images, embed_texts, write_features
+from lavis_kvmod.tasks.embedding import Features, embed_images, embed_texts, require_kind, write_features
 
 ARCHS = ("blip2_kvmod", "blip2_kvmod_feature_extractor", "blip2_kvmod_image_text_matching")
 
@@ -30,8 +29,7 @@ class Loaded(NamedTuple):
     def autocast(self) -> Any:
         """The precision that the run file asks for."""
         device = torch.device(self.cfg.run_cfg.device).type
-        dtype = amp_dtype(self.cfg.run_cfg.get("amp", False), device)
-        return contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
+        return autocast(device, amp_dtype(self.cfg.run_cfg.get("amp", False), device))
 
 
 def load(cfg_path: str, options: Sequence[str], split: str) -> Loaded:
@@ -48,10 +46,7 @@ def load(cfg_path: str, options: Sequence[str], split: str) -> Loaded:
     seed_everything(cfg.run_cfg.seed)
     task = tasks.setup_task(cfg)
     datasets = {s: d for splits in task.build_datasets(cfg).values() for s, d in splits.items()}
-    model = task.build_model(cfg)
-    device = torch.device(cfg.run_cfg.device)
-    model = (model.float() if device.type == "cpu" else model).to(device).eval()
-    return Loaded(cfg, model, datasets)
+    return Loaded(cfg, ready(task.build_model(cfg), cfg.run_cfg.device), datasets)
 
 
 def image_names(dataset: Any) -> List[str]:
@@ -101,16 +96,17 @@ def embed(cfg_path: str, split: str, out: str, options: Sequence[str] = ()) -> F
     Raises:
         ConfigurationError, CheckpointError, BadDataError, ValueError: see `load` and `write_features`.
     """
+    path = expanded(out)
+    require_kind(path)  # before the work
     loaded = load(cfg_path, options, split)
     dataset = loaded.datasets[split]
     names, texts = image_names(dataset), texts_of(dataset)
     with loaded.autocast():
         of_images = embed_images(loaded.model, _batches(loaded, dataset))
         of_texts = embed_texts(loaded.model, texts)
-    model = loaded.cfg.model_cfg
-    about = {"split": split, "checkpoint": str((model.finetuned if model.load_finetuned else model.pretrained) or "")}
+    about = {"split": split, "checkpoint": weights_named(loaded.cfg)}
     features = Features(names, of_images, texts, of_texts, about)
-    write_features(Path(out).expanduser(), features)
+    write_features(path, features)
     return features
 
 

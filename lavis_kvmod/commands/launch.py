@@ -51,6 +51,17 @@ def parse_args(description: str, argv: Optional[Sequence[str]]) -> argparse.Name
     return args
 
 
+def ready(model: Any, device: Any) -> Any:
+    """A model to ask: on its device, in evaluation mode; in float32 on a CPU, as LAVIS's ``load_model`` has it."""
+    return (model.float() if torch.device(device).type == "cpu" else model).to(device).eval()
+
+
+def weights_named(cfg: KVModConfig) -> str:
+    """The file of a run file's trained weights, as it names it; empty if it names none."""
+    model = cfg.model_cfg
+    return str((model.get("finetuned") if model.get("load_finetuned") else model.get("pretrained")) or "")
+
+
 def build_runner(cfg: KVModConfig) -> Any:
     """Task, data sets, model and runner of a checked config, in LAVIS's order."""
     from lavis import tasks

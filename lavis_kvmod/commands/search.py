@@ -3,11 +3,11 @@
 import argparse
 import logging
 import sys
-from pathlib import Path
 from typing import List, NamedTuple, Optional, Sequence
 
 from lavis_kvmod.commands.embed import load, picture_of
-from lavis_kvmod.commands.launch import TOLD, set_up_logging
+from lavis_kvmod.commands.launch import TOLD, set_up_logging, weights_named
+from lavis_kvmod.system.paths import expanded
 
 
 class Found(NamedTuple):
@@ -38,13 +38,15 @@ def search(
     Raises:
         ConfigurationError, CheckpointError, FileNotFoundError, ValueError: if something cannot be had, or does not fit.
     """
-    from lavis_kvmod.reports.contact_sheet import SheetRow, Shown, write_sheet
+    from lavis_kvmod.reports.contact_sheet import SheetRow, Shown, require_kind, write_sheet
     from lavis_kvmod.tasks import embedding
 
-    features = embedding.read_features(Path(features_file).expanduser())
+    sheet_file = expanded(sheet) if sheet else None
+    if sheet_file is not None:
+        require_kind(sheet_file)  # before the model, which takes longer
+    features = embedding.read_features(expanded(features_file))
     loaded = load(cfg_path, options, features.about["split"])
-    model, dataset = loaded.cfg.model_cfg, loaded.datasets[features.about["split"]]
-    used = str((model.finetuned if model.load_finetuned else model.pretrained) or "")
+    dataset, used = loaded.datasets[features.about["split"]], weights_named(loaded.cfg)
     if used != features.about["checkpoint"]:
         logging.warning("the features are of %s, and the texts are read by %s", features.about["checkpoint"], used)
     with loaded.autocast():
@@ -54,12 +56,12 @@ def search(
         [Found(features.images[number], number, score) for number, score in zip(numbers, scores)]
         for numbers, scores in zip(best.numbers.tolist(), best.scores.tolist())
     ]
-    if sheet:
+    if sheet_file is not None:
         rows = [
             SheetRow(text, [Shown(picture_of(dataset, one.number), f"{one.score:.3f} {one.name}") for one in images])
             for text, images in zip(texts, found)
         ]
-        write_sheet(Path(sheet).expanduser(), rows)
+        write_sheet(sheet_file, rows)
     return found
 
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from lavis_kvmod.weights.files import whole_or_nothing
 
-__all__ = ["Shown", "SheetRow", "write_sheet"]
+__all__ = ["Shown", "SheetRow", "require_kind", "write_sheet"]
 
 KINDS = (".png", ".html")
 _SIDE, _TEXT, _GAP = 128, 16, 6
@@ -30,14 +30,19 @@ class SheetRow(NamedTuple):
     shown: List[Shown]
 
 
+def require_kind(path: Path) -> None:
+    """Raises ValueError for a file that `write_sheet` would not write."""
+    if path.suffix not in KINDS:
+        raise ValueError(f"{path}: expected a name that ends in {' or '.join(KINDS)}")
+
+
 def write_sheet(path: Path, rows: Sequence[SheetRow]) -> None:
     """Write a contact sheet, PNG or HTML by the file's ending.
 
     Raises:
         ValueError: for another ending.
     """
-    if path.suffix not in KINDS:
-        raise ValueError(f"{path}: expected a name that ends in {' or '.join(KINDS)}")
+    require_kind(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_or_nothing(path) as temporary:
         if path.suffix == ".png":

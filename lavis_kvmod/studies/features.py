@@ -6,6 +6,7 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 
+from lavis_kvmod.datasets.loading.images import one_of_each_image
 from lavis_kvmod.models.vision.feature_cache import FrozenFeatureCache, FrozenFeatures
 from lavis_kvmod.weights.files import whole_or_nothing
 
@@ -55,10 +56,9 @@ def share_features(runner: Any, path: Path) -> None:
 
 def _batches(dataset: Any) -> Iterator[Dict[str, Any]]:
     """Each image of a data set once, with its key; nothing where images have no key."""
-    image_of = getattr(dataset, "image_of", None)
-    if image_of is None:
+    if not hasattr(dataset, "image_of"):
         return
-    firsts = list({image_of(i): i for i in reversed(range(len(dataset)))}.values())
+    firsts = one_of_each_image(dataset)
     for start in range(0, len(firsts), _TOGETHER):
         samples: List[Dict[str, Any]] = [dataset[i] for i in firsts[start : start + _TOGETHER]]
         if any("image_key" not in sample for sample in samples):

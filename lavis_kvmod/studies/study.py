@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Literal, Mapping, NamedTuple, Opti
 
 import yaml
 
-from lavis_kvmod.system.paths import resource
+from lavis_kvmod.system.paths import expanded, resource
 from lavis_kvmod.system.schema import ConfigurationError, Settings, key, not_known
 
 __all__ = ["Arm", "Member", "Primary", "Study", "StudySettings", "load_study"]
@@ -127,7 +127,7 @@ def load_study(path: str, cfg_path: str, load_config: Callable[..., Any], option
         ConfigurationError: listing all that is wrong.
         FileNotFoundError: if there is no such file.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     if not file.is_file() and path.startswith("studies/"):
         file = resource(path)
     if not file.is_file():

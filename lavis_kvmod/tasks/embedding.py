@@ -14,7 +14,7 @@ from torch import Tensor
 from lavis_kvmod.tasks.retrieval_scores import Best, compare
 from lavis_kvmod.weights.files import whole_or_nothing
 
-__all__ = ["Features", "embed_images", "embed_texts", "read_features", "search", "write_features"]
+__all__ = ["Features", "embed_images", "embed_texts", "read_features", "require_kind", "search", "write_features"]
 
 KINDS = (".parquet", ".safetensors")
 _TEXTS_A_BATCH = 256
@@ -74,14 +74,19 @@ def search(features: Features, wanted: Tensor, count: int) -> Best:
     return best
 
 
+def require_kind(path: Path) -> None:
+    """Raises ValueError for a file that `write_features` would not write."""
+    if path.suffix not in KINDS:
+        raise ValueError(f"{path}: expected a name that ends in {' or '.join(KINDS)}")
+
+
 def write_features(path: Path, features: Features) -> None:
     """Write a file of features, whole or not at all.
 
     Raises:
         ValueError: for another ending than those of `KINDS`.
     """
-    if path.suffix not in KINDS:
-        raise ValueError(f"{path}: expected a name that ends in {' or '.join(KINDS)}")
+    require_kind(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_or_nothing(path) as temporary:
         (_write_parquet if path.suffix == ".parquet" else _write_safetensors)(temporary, features)

@@ -86,6 +86,26 @@ def test_what_cannot_be_searched_is_told(run_file, tmp_path, capsys):
     assert "expected a name that ends in .parquet or .safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command, told",
+    [
+        (["embed", "--out", "features.txt"], "expected a name that ends in .parquet or .safetensors"),
+        (["embed", "--out", "~/features.parquet"], "no home folder is known"),
+        (["search", "features.parquet", "a", "--sheet", "found.pdf"], "expected a name that ends in .png or .html"),
+        (["search", "~/features.parquet", "a"], "no home folder is known"),
+    ],
+)
+def test_where_results_cannot_go_is_told_before_a_model_is_loaded(run_file, command, told, monkeypatch, capsys):
+    def loads(*args):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr("lavis_kvmod.commands.embed.load", loads)
+    monkeypatch.setattr("lavis_kvmod.commands.search.load", loads)
+    monkeypatch.setattr("lavis_kvmod.system.paths.has_home", lambda: False)
+    assert cli.main([*command, "--cfg-path", run_file]) == 2
+    assert told in capsys.readouterr().err
+
+
 class ExactIndex:
     """What FAISS's IndexFlatIP does, where FAISS is not installed."""
 

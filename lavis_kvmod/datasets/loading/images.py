@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset
 
-__all__ = ["Views", "each_image_once", "first_with_same_image"]
+__all__ = ["Views", "each_image_once", "first_with_same_image", "one_of_each_image"]
 
 
 def first_with_same_image(dataset: Any) -> Optional[np.ndarray]:
@@ -26,6 +26,12 @@ def first_with_same_image(dataset: Any) -> Optional[np.ndarray]:
                 found[start + index] = first.setdefault((number, part.image_of(index)), start + index)
         start += len(part)
     return found if (found != np.arange(len(found))).any() else None
+
+
+def one_of_each_image(dataset: Any) -> List[int]:
+    """The samples that show an image for the first time: all of them where no two are known to share one."""
+    first = first_with_same_image(dataset)
+    return list(range(len(dataset))) if first is None else sorted(set(first.tolist()))
 
 
 class Views:
