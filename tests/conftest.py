@@ -29,6 +29,10 @@ from lavis_kvmod import Blip2OPTKVMod
 # These models are too small to share out: threads would only wait for each other, and for whatever else runs.
 torch.set_num_threads(1)
 
+# PyTorch replaces its thread pool at the first use after a fork, but not safely when several of autograd's threads do it
+# at once ("Invalid thread pool!", and the child aborts). So every child of a test uses it once before.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
+
 # Files that take long, for their number of tests: in a whole run they are begun first, so that none of them is what all
 # processes but one wait for at the end. Before the last three, which compute memory, come those that fork a training:
 # PyTorch refuses a backward pass in a fork of a process that has had one for a GPU, be it a fake one.

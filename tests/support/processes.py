@@ -16,9 +16,6 @@ __all__ = ["in_process", "killed_before_step", "runs"]
 
 
 def _child(function, folder, output):
-    # PyTorch replaces its thread pool at the first use after a fork, not safely when autograd's threads do it at once:
-    # some found none, and aborted ("Invalid thread pool!").
-    torch.set_num_threads(torch.get_num_threads())
     os.setpgrp()  # so that it can be ended with all its own processes
     os.makedirs(folder, exist_ok=True)
     os.chdir(folder)
