@@ -29,7 +29,7 @@ from lavis_kvmod import Blip2OPTKVMod
 # These models are too small to share out: threads would only wait for each other, and for whatever else runs.
 torch.set_num_threads(1)
 
-# PyTorch replaces its thread pool at the first use after a fork, but not safely when several of autograd's threads do it
+# PyTorch replaces its thread pool at the first use after a fork, not safely when several of autograd's threads do it
 # at once ("Invalid thread pool!", and the child aborts). So every child of a test uses it once before.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
 
