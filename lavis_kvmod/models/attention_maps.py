@@ -106,6 +106,8 @@ def attention_maps(model: Any, samples: Dict[str, Any]) -> AttentionMaps:
     cross = [_shares(layer) for layer in query_output.cross_attentions]
     own = [layer.float() for layer in query_output.self_attentions]
     num_prefix = 0 if model.kv_prefix is None else model.kv_prefix.prefix_tokens.shape[0]
+    if model.aux_tokens is not None:  # tokens in front of the visual ones stand where a prefix would
+        num_prefix += model.aux_tokens.in_front_of("visual_tokens")
     has_cross = [layer.has_cross_attention for layer in model.Qformer.bert.encoder.layer]
     sources = _of_soft_prompt(own, cross, has_cross, num_prefix)
     answers: List[AnswerTrace] = []

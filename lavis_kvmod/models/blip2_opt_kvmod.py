@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lavis_kvmod.models import attention_maps, build
 from lavis_kvmod.models.base import model_type_files
-from lavis_kvmod.models.connectors.aux_tokens import AuxTokens
+from lavis_kvmod.models.connectors.aux_tokens import AuxTokens, joined
 from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
 from lavis_kvmod.models.language.answers import answers_of
 from lavis_kvmod.models.language.decoding import Search
@@ -120,18 +120,17 @@ class Blip2OPTKVMod(SoftPromptModel):
             ValueError: if the images have another shape than the ViT was built for.
         """
         features = self.frozen_features(samples)
+        aux, pooled = self.aux_tokens if with_prefix else None, features.pooled
         query_output = self.Qformer(
-            query_embeds=self.queries(len(features.visual_tokens)),
-            encoder_hidden_states=features.visual_tokens,
-            prefix=self.prefixes(features.pooled) if with_prefix else None,
+            query_embeds=joined("queries", self.queries(len(features.visual_tokens)), aux, pooled),
+            encoder_hidden_states=joined("visual_tokens", features.visual_tokens, aux, pooled),
+            prefix=self.prefixes(pooled) if with_prefix else None,
             output_attentions=output_attentions,
         )
         soft_prompt = query_output.last_hidden_state
         if self.opt_proj is not None:
             soft_prompt = self.opt_proj(soft_prompt)
-        if self.aux_tokens is not None and with_prefix:
-            soft_prompt = torch.cat([self.aux_tokens(features.pooled), soft_prompt], dim=1)
-        return Encoded(query_output, soft_prompt)
+        return Encoded(query_output, joined("tokens", soft_prompt, aux, pooled))
 
     # ------------------------------------------------------------ loss
 

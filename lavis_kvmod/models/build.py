@@ -4,7 +4,7 @@ import logging
 from typing import Any, Dict, NamedTuple, Optional
 
 from lavis_kvmod.models.connectors import CONNECTORS, ConnectorSizes
-from lavis_kvmod.models.connectors.aux_tokens import AuxTokens
+from lavis_kvmod.models.connectors.aux_tokens import AuxTokens, Place
 from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
 from lavis_kvmod.models.connectors.registry import Connector
 from lavis_kvmod.models.language.bert import BLIP2_VOCABULARY, load_bert_tokenizer, start_from_bert
@@ -55,6 +55,7 @@ def build_image_side(
     load: bool = True,
     connector: str = "qformer",
     num_aux_tokens: int = 0,
+    aux_place: Place = "tokens",
     soft_prompt: bool = True,
     **more_sizes: Any,
 ) -> ImageSide:
@@ -64,7 +65,8 @@ def build_image_side(
         load: frozen towers with their weights; without, no file is looked for.
         connector: the name of a registered connector.
         num_aux_tokens: so many tokens of the auxiliary encoder's features, in place of a prefix; 0 writes a prefix.
-        soft_prompt: those tokens have the language model's width; else the connector's.
+        aux_place: what those tokens join.
+        soft_prompt: the connector's outputs become vectors of the language model's width, else they stay as they are.
         more_sizes: those of `ConnectorSizes` that have nothing to do with images.
 
     Raises:
@@ -83,8 +85,14 @@ def build_image_side(
             settings.aux_encoder, settings.aux_checkpoint, settings.aux_image_size, load=load
         )
     if num_aux_tokens:
-        width = (sizes.output_width if soft_prompt else None) or made.hidden_size
-        tokens = AuxTokens(feature_dim=aux_encoder.feature_dim, output_width=width, num_tokens=num_aux_tokens)
+        width = made.hidden_size
+        if aux_place == "visual_tokens":
+            width = vision.width
+        elif aux_place == "tokens" and soft_prompt and sizes.output_width:
+            width = sizes.output_width
+        tokens = AuxTokens(
+            feature_dim=aux_encoder.feature_dim, output_width=width, num_tokens=num_aux_tokens, place=aux_place
+        )
         return ImageSide(vision, aux_encoder, None, made, tokens)
     kv_prefix = KVPrefixGenerator(
         feature_dim=aux_encoder.feature_dim,
@@ -136,6 +144,7 @@ def opt_arguments(settings: ModelSettings, *, load: bool = True) -> Dict[str, An
         geometry=settings.connector_geometry,
         output_width=opt_model.config.word_embed_proj_dim,
         num_aux_tokens=settings.aux_tokens,
+        aux_place=settings.aux_place,
         soft_prompt=settings.fusion == "soft_prompt",
     )
     return dict(

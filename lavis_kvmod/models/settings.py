@@ -1,8 +1,9 @@
 """Every key of the ``model:`` section: its default, its meaning, its check. Each default stands here and only here."""
 
-from typing import Any, ClassVar, Dict, List, Literal, Mapping, Optional, Sequence, Type, TypeVar
+from typing import Any, ClassVar, Dict, List, Literal, Mapping, Optional, Sequence, Type, TypeVar, cast
 
 from lavis_kvmod.models.connectors import CONNECTORS
+from lavis_kvmod.models.connectors.aux_tokens import Place
 from lavis_kvmod.models.connectors.registry import ConnectorKind
 from lavis_kvmod.models.language.bert import BERT_POSITIONS, bert_files
 from lavis_kvmod.models.language.opt import language_model_weights
@@ -179,10 +180,11 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
         "`visual_abstractor` ([connectors.md](connectors.md))",
     )
     connector_geometry: Dict[str, Any] = key({}, "sizes of a connector that is not the Q-Former", expected=_GEOMETRY)
-    aux_fusion: Optional[Literal["prefix", "tokens"]] = key(
+    aux_fusion: Optional[Literal["prefix", "tokens", "visual_tokens", "queries"]] = key(
         None,
         "how the second encoder comes in: `prefix`, in the connector's cross-attention, the default where it has one; "
-        "`tokens`, in front of the soft prompt, the default for `linear`, `mlp` and `c_abstractor`",
+        "`tokens`, in front of the soft prompt, the default for `linear`, `mlp` and `c_abstractor`; to compare with: "
+        "`visual_tokens`, in front of those, and `queries`, added to the query tokens",
     )
     fusion: Literal["soft_prompt", "gated_cross_attention"] = key(
         "soft_prompt",
@@ -195,7 +197,11 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
     prefix_dropout: float = key(
         0.0, "the share of samples that are trained without their prefix, drawn anew in each batch", ge=0, lt=1
     )
-    num_aux_tokens: int = key(1, "with `aux_fusion: tokens`, how many", gt=0)
+    num_aux_tokens: int = key(
+        1,
+        "with `aux_fusion` other than `prefix`, how many; of `queries` 1, the same for all, or `num_query_token`",
+        gt=0,
+    )
     opt_precision: Precision = key("fp16", "storage of OPT's weights")
     opt_grad_checkpoint: bool = key(
         False, "compute OPT's activations again in the backward pass: less memory, more time ([sizes.md](sizes.md))"
@@ -224,13 +230,17 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
 
     @property
     def aux_tokens(self) -> int:
-        """How many vectors of the soft prompt the second encoder gives."""
-        as_tokens = (self.aux_fusion or self._default_fusion) == "tokens"
-        return self.num_aux_tokens * (as_tokens and self.kv_modulation)
+        """How many tokens the second encoder gives; 0 where it gives a prefix."""
+        return self.num_aux_tokens * (self._fusion != "prefix" and self.kv_modulation)
 
     @property
-    def _default_fusion(self) -> str:
-        return "prefix" if self.connector_kind.attends else "tokens"
+    def aux_place(self) -> Place:
+        """What those tokens join."""
+        return "tokens" if self._fusion == "prefix" else cast(Place, self._fusion)
+
+    @property
+    def _fusion(self) -> str:
+        return self.aux_fusion or ("prefix" if self.connector_kind.attends else "tokens")
 
     def num_soft_prompt(self) -> Optional[int]:
         """How many vectors stand before the text; None where the image encoder does not say."""
@@ -239,7 +249,8 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
         of_image: Optional[int] = self.num_query_token
         if self.connector_kind.one_a_token:
             of_image = known_num_tokens(self.vit_model, self.image_size, self.vit_geometry)
-        return None if of_image is None else of_image + self.aux_tokens
+        of_aux = self.aux_tokens if self.aux_place == "tokens" else 0
+        return None if of_image is None else of_image + of_aux
 
     def _connector_conflicts(self) -> List[str]:
         if self.connector not in CONNECTORS:
@@ -247,18 +258,24 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
         found = self.connector_kind.geometry_problems(self.connector, self.connector_geometry)
         if self.fusion == "soft_prompt":
             found += self._of_no_use(("gated_every",), "read with fusion: gated_cross_attention alone")
-        if self.aux_fusion == "prefix" and not self.connector_kind.attends:
+        if self._fusion != "tokens" and not self.connector_kind.attends:
             return [
                 *found,
-                f"aux_fusion: connector {self.connector} has no cross-attention that a prefix could enter; set tokens",
+                f"aux_fusion: connector {self.connector} has no cross-attention that {self._fusion} could enter; "
+                "set tokens",
             ]
+        if self._fusion == "queries" and self.num_aux_tokens not in (1, self.num_query_token):
+            found.append(
+                f"num_aux_tokens: expected 1 or {self.num_query_token}, num_query_token, with aux_fusion: queries; "
+                f"got {self.num_aux_tokens}"
+            )
         if self.aux_tokens:
             found += self._of_no_use(
                 ("num_prefix_tokens", "prefix_gate", "prefix_sharing", "prefix_dropout"),
                 f"of a prefix, and connector {self.connector} takes the second encoder's features as tokens",
             )
         else:
-            found += self._of_no_use(("num_aux_tokens",), "read with aux_fusion: tokens alone")
+            found += self._of_no_use(("num_aux_tokens",), "of tokens, and the features come as a prefix")
         return found
 
     def _of_no_use(self, names: Sequence[str], why: str) -> List[str]:

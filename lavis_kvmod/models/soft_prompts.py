@@ -59,7 +59,7 @@ class SoftPromptModel(KVModBase):
         """How many vectors stand before the text."""
         if self.gated_layers is not None:
             return 0
-        return self.num_outputs + (0 if self.aux_tokens is None else self.aux_tokens.num_tokens)
+        return self.num_outputs + (0 if self.aux_tokens is None else self.aux_tokens.in_front_of("tokens"))
 
     def into_language_model(self, of_image: Tensor) -> Tuple[Tensor, ContextManager[None]]:
         """What `encode` has for an image, as soft prompt (b, q, opt width), and a context in which OPT sees what is not

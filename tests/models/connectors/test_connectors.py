@@ -200,6 +200,26 @@ def test_llavas_projectors_are_one_and_two_layers(build, images):
     assert [row.part for row in model.parts() if row.trained] == ["opt_proj", "aux_tokens"]
 
 
+@pytest.mark.parametrize("place, count", [("visual_tokens", 3), ("queries", 1)])
+def test_features_may_join_what_the_q_former_reads(build, images, place, count):
+    model = build(aux_fusion=place, num_aux_tokens=count).eval()
+    features = model.frozen_features({"image": images(2)})
+    tokens = (features.pooled @ model.aux_tokens.proj.weight.T + model.aux_tokens.proj.bias).unflatten(-1, (count, -1))
+    queries, visual = model.queries(2), features.visual_tokens
+    if place == "queries":
+        queries = queries + tokens
+    else:
+        visual = torch.cat([tokens, visual], dim=1)
+    expected = model.opt_proj(model.Qformer(query_embeds=queries, encoder_hidden_states=visual).last_hidden_state)
+    assert torch.allclose(model.encode({"image": images(2)}).soft_prompt, expected, **CLOSE)
+    assert model.num_soft_prompt == len(expected[0])
+    maps = model.attention_maps({"image": images(2)})
+    assert maps.num_prefix == (count if place == "visual_tokens" else 0)
+    assert maps.on_grid(maps.cross[..., maps.num_prefix :]).shape[-1] > 1
+    without = model.encode({"image": images(2)}, with_prefix=False).soft_prompt
+    assert not torch.allclose(without, expected, **CLOSE)
+
+
 # As docs/connectors.md has them: connector, its query tokens and the projection behind it, without a second encoder.
 FULL_SIZE = {
     "qformer": 107_130_880,
@@ -247,9 +267,14 @@ def test_sizes_of_the_published_models():
             dict(connector="linear", prefix_dropout=0.5),
             "prefix_dropout: of a prefix, .*expected 0.0, the default, got 0.5",
         ),
+        (
+            dict(connector="mlp", aux_fusion="queries"),
+            "mlp has no cross-attention that queries could enter",
+        ),
+        (dict(aux_fusion="queries", num_aux_tokens=2), "num_aux_tokens: expected 1 or 5, num_query_token, .*got 2"),
         (dict(prefix_dropout=1.0), "prefix_dropout: expected a number from 0, below 1, got 1.0|below 1; got 1.0"),
         (dict(gated_every=2), "gated_every: read with fusion: gated_cross_attention alone"),
-        (dict(num_aux_tokens=2), "num_aux_tokens: read with aux_fusion: tokens alone; expected 1, .*got 2"),
+        (dict(num_aux_tokens=2), "num_aux_tokens: of tokens, .*as a prefix; expected 1, .*got 2"),
     ],
 )
 def test_settings_of_another_connector_are_told(model_config, keys, told):
