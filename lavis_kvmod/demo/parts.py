@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from transformers import OPTConfig
 
+from lavis_kvmod.demo.colour_vision import ColourVisionRecipe, train_colour_vision_encoder
 from lavis_kvmod.demo.language import LanguageRecipe, opt_config, train_language_model
 from lavis_kvmod.demo.pages_language import PagesLanguageRecipe, train_pages_language_model
 from lavis_kvmod.demo.vision import VisionRecipe, train_vision_encoder
@@ -36,6 +37,7 @@ __all__ = [
     "Recipe",
     "build_parts",
     "built",
+    "colour_vision_weights",
     "language_model",
     "language_model_config",
     "pages_language_model",
@@ -68,7 +70,16 @@ class PagesRecipe:
 
 
 PAGES = PagesRecipe()
-AnyRecipe = Union[Recipe, PagesRecipe]
+
+
+@dataclass(frozen=True)
+class ColourRecipe:
+    """What a ViT that is shown colours depends on; it has a folder of its own."""
+
+    vision: ColourVisionRecipe = field(default_factory=ColourVisionRecipe)
+
+
+AnyRecipe = Union[Recipe, PagesRecipe, ColourRecipe]
 
 
 def build_parts(recipe: Recipe = DEMO) -> Path:
@@ -91,6 +102,18 @@ def vision_weights(recipe: Recipe = DEMO) -> Path:
 
     def build(folder: Path) -> Dict[str, float]:
         state, accuracy = train_vision_encoder(recipe.vision)
+        save_file({key: value.contiguous() for key, value in state.items()}, folder / _VISION_FILE)
+        return {"val_digit_accuracy": accuracy}
+
+    return _part("vision", recipe, recipe.vision.seed, build) / _VISION_FILE
+
+
+def colour_vision_weights(share: float) -> Path:
+    """As `vision_weights`, of a ViT that has seen this share (0 … 1) of its pictures in colour."""
+    recipe = ColourRecipe(ColourVisionRecipe(colour_share=share))
+
+    def build(folder: Path) -> Dict[str, float]:
+        state, accuracy = train_colour_vision_encoder(recipe.vision)
         save_file({key: value.contiguous() for key, value in state.items()}, folder / _VISION_FILE)
         return {"val_digit_accuracy": accuracy}
 
@@ -131,7 +154,7 @@ def built(name: str, recipe: AnyRecipe = DEMO) -> Optional[Path]:
     return folder if _damage(folder) is None else None
 
 
-def language_model_config(recipe: AnyRecipe = DEMO) -> OPTConfig:
+def language_model_config(recipe: Union[Recipe, PagesRecipe] = DEMO) -> OPTConfig:
     """The language model's geometry, built or not; its vocabulary is known once it is built, and at most this large."""
     folder = built("language", recipe)
     if folder is not None:

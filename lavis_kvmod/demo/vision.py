@@ -6,7 +6,7 @@ alone.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Dict, List, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -20,9 +20,12 @@ from lavis_kvmod.demo import digits
 from lavis_kvmod.system.progress import Progress
 
 __all__ = [
+    "Lesson",
     "LuminanceVisionTransformer",
     "VisionRecipe",
     "build_vision_encoder",
+    "eva_arguments",
+    "photometric",
     "train_vision_encoder",
 ]
 
@@ -31,6 +34,7 @@ Luminance = Union[float, Tensor]
 
 _LUMINANCE_MEAN = 0.6
 _LUMINANCE_STD = 0.2
+_GEOMETRY = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
 class LuminanceVisionTransformer(VisionTransformer):
@@ -41,11 +45,15 @@ class LuminanceVisionTransformer(VisionTransformer):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """BLIP-normalised image (b, 3, H, W) -> tokens (b, 1 + n, embed_dim), the class token first."""
-        return super().forward_features(self.luminance(x))
+        return super().forward_features(self.seen(x))
 
     def get_intermediate_layers(self, x: Tensor) -> List[Tensor]:
         """As `forward_features`, one entry for each block."""
-        return super().get_intermediate_layers(self.luminance(x))
+        return super().get_intermediate_layers(self.seen(x))
+
+    def seen(self, image: Tensor) -> Tensor:
+        """What of a BLIP-normalised image reaches the patch embedding, (b, 3, H, W)."""
+        return self.luminance(image)
 
     @staticmethod
     def luminance(image: Tensor) -> Tensor:
@@ -72,6 +80,10 @@ class VisionRecipe:
     weight_decay: float = 0.05
     seed: int = 0
 
+    def geometry(self) -> Dict[str, Any]:
+        """What `build_vision_encoder` takes beside the image size."""
+        return {name: getattr(self, name) for name in _GEOMETRY}
+
 
 def build_vision_encoder(image_size: int = 56, **geometry: Any) -> LuminanceVisionTransformer:
     """The demo's ViT without its weights; ``geometry`` overrides `VisionRecipe`'s, such as ``depth=2``.
@@ -79,39 +91,52 @@ def build_vision_encoder(image_size: int = 56, **geometry: Any) -> LuminanceVisi
     All else is as in LAVIS's ``create_eva_vit_g``: biases on queries and values, LayerNorm eps 1e-6, no final norm
     (BLIP-2 puts ``ln_vision`` behind it).
     """
-    names = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
-    settings = {name: getattr(VisionRecipe, name) for name in names}
-    settings.update(geometry)
-    return LuminanceVisionTransformer(
+    return LuminanceVisionTransformer(**eva_arguments(image_size, geometry))
+
+
+def eva_arguments(image_size: int, geometry: Mapping[str, Any]) -> Dict[str, Any]:
+    """What LAVIS's class takes for a ViT of the demo."""
+    return dict(
         img_size=image_size,
         use_mean_pooling=False,
         qkv_bias=True,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        **settings,
+        **{**VisionRecipe().geometry(), **geometry},
     )
 
 
-def train_vision_encoder(recipe: VisionRecipe) -> Tuple[Dict[str, Tensor], float]:
-    """Pre-train ViT and ``ln_vision`` as a digit classifier on grey renderings of the train scans.
+class Lesson(NamedTuple):
+    """A batch to learn from: pictures (b, 3, H, W), and what is asked beside their digits, -100 where it is not."""
+
+    picture: Tensor
+    also: Mapping[str, Tensor] = {}
+
+
+def train_vision_encoder(
+    recipe: VisionRecipe,
+    encoder: Optional[LuminanceVisionTransformer] = None,
+    lesson: Optional[Callable[[Tensor], Lesson]] = None,
+    also: Mapping[str, int] = {},
+) -> Tuple[Dict[str, Tensor], float]:
+    """Pre-train ViT and ``ln_vision`` as a digit classifier on renderings of the train scans.
 
     Every token is asked for the digit, not their mean alone, so that what a Q-Former attends to carries shape
-    wherever it looks. The linear head is thrown away. Draws from torch's global generator.
+    wherever it looks. The linear heads are thrown away. Draws from torch's global generator.
+
+    Args:
+        encoder: of the recipe's geometry, by default the one that is blind to colour.
+        lesson: makes a batch of ink (b, 1, H, W) that has been moved; by default grey pictures.
+        also: what else a lesson asks, with the number of answers: asked of the mean token.
 
     Returns:
         State dict with keys ``visual_encoder.*`` and ``ln_vision.*``, and the head's accuracy on the val scans.
     """
-    encoder = build_vision_encoder(
-        recipe.image_size,
-        patch_size=recipe.patch_size,
-        embed_dim=recipe.embed_dim,
-        depth=recipe.depth,
-        num_heads=recipe.num_heads,
-        mlp_ratio=recipe.mlp_ratio,
-    )
+    encoder = build_vision_encoder(recipe.image_size, **recipe.geometry()) if encoder is None else encoder
     _initialise(encoder)
     parts = nn.ModuleDict({"visual_encoder": encoder, "ln_vision": LayerNorm(recipe.embed_dim)}).train()
     head = nn.Linear(recipe.embed_dim, len(digits.DIGIT_WORDS))
-    parameters = [*parts.parameters(), *head.parameters()]
+    heads = nn.ModuleDict({name: nn.Linear(recipe.embed_dim, answers) for name, answers in also.items()})
+    parameters = [*parts.parameters(), *head.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
     )
@@ -119,17 +144,21 @@ def train_vision_encoder(recipe: VisionRecipe) -> Tuple[Dict[str, Tensor], float
         optimizer, max_lr=recipe.learning_rate, total_steps=recipe.steps + 1, pct_start=0.15
     )
 
-    def token_logits(image: Tensor) -> Tensor:  # (b, 3, H, W) -> (b, 1 + n, 10)
-        return head(parts["ln_vision"](parts["visual_encoder"](image)))
+    def tokens(image: Tensor) -> Tensor:  # (b, 3, H, W) -> (b, 1 + n, width)
+        return parts["ln_vision"](parts["visual_encoder"](image))
 
     ink, labels = _coverage_and_digits(digits.load_scans("train"), recipe.image_size)
     progress = Progress(range(recipe.steps), "demo: pre-training the image encoder", log_every=100)
     for _ in progress:
         rows = torch.randint(len(ink), (recipe.batch_size,))
-        logits = token_logits(_grey(*_photometric(_moved(ink[rows]))))
+        seen = (lesson or _grey_lesson)(_moved(ink[rows]))
+        of_tokens = tokens(seen.picture)
+        logits = head(of_tokens)
         every_token = labels[rows].repeat_interleave(logits.shape[1])
         loss = F.cross_entropy(logits.flatten(0, 1), every_token, label_smoothing=0.05)
         loss = loss + F.cross_entropy(logits.mean(1), labels[rows], label_smoothing=0.05)
+        for name, asked in seen.also.items():
+            loss = loss + F.cross_entropy(heads[name](of_tokens.mean(1)), asked, reduction="sum") / len(rows)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -140,7 +169,7 @@ def train_vision_encoder(recipe: VisionRecipe) -> Tuple[Dict[str, Tensor], float
     parts.eval()
     with torch.no_grad():
         ink, labels = _coverage_and_digits(digits.load_scans("val"), recipe.image_size)
-        guess = token_logits(_grey(ink)).mean(1).argmax(1)
+        guess = head(tokens(_grey(ink))).mean(1).argmax(1)
     return parts.state_dict(), (guess == labels).float().mean().item()
 
 
@@ -200,12 +229,16 @@ def _moved(ink: Tensor) -> Tensor:
     return F.grid_sample(ink, grid, align_corners=False, padding_mode="zeros")
 
 
-def _photometric(ink: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+def photometric(ink: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """Ink with grain (b, 1, H, W), and the luminance of ink and paper (b, 1, 1, 1) drawn around the demo's."""
     count = len(ink)
     dark = digits.INK_LUMINANCE + (torch.rand(count, 1, 1, 1) * 2 - 1) * 24
     light = digits.PAPER_LUMINANCE + (torch.rand(count, 1, 1, 1) * 2 - 1) * 24
     return ink + torch.randn_like(ink) * 0.02, dark, light
+
+
+def _grey_lesson(ink: Tensor) -> Lesson:
+    return Lesson(_grey(*photometric(ink)))
 
 
 def _grey(ink: Tensor, dark: Luminance = digits.INK_LUMINANCE, light: Luminance = digits.PAPER_LUMINANCE) -> Tensor:

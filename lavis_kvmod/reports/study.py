@@ -1,6 +1,7 @@
 """A study's results for people: ``report.md`` for a repository, ``report.html`` as one page that needs no network."""
 
 import html
+import json
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 from lavis_kvmod.reports.markdown import escape
@@ -75,6 +76,10 @@ def _sections(summary: Summary) -> List[_Section]:
     ]
     if summary.get("dose"):
         sections.insert(1, _dose_section(summary))
+    if summary.get("gains"):
+        sections.insert(1, _gains_section(summary))
+    if any(summary.get("probes", {}).values()):
+        sections.append(_probes_section(summary))
     if summary["shows_not"]:
         sections.append(_Section("What this does not show", summary["shows_not"]))
     return [section for section in sections if section.rows or section.sentences]
@@ -160,6 +165,43 @@ def _dose_section(summary: Summary) -> _Section:
         [p["arm"], summary["arms"][p["arm"]]["about"], f"{p['dose']:g}", f"{p['accuracy']:.1f}"] for p in dose["points"]
     ]
     return _Section("Dose and response", [told], ["arm", "", "dose", metric], rows)
+
+
+def _gains_section(summary: Summary) -> _Section:
+    gains, line = summary["gains"], summary["gains"]["line"]
+    told = "The points determine no line."
+    if line is not None:
+        told = (
+            f"A line through them: {line['slope']:+.2f} points of gain for each point that the probe of the second "
+            f"encoder is ahead, {line['at_zero']:+.1f} where it is not ahead, R² {line['r_squared']:.2f}."
+        )
+    rows = [
+        [p["arm"], summary["arms"][p["arm"]]["about"], p["against"], f"{p['gap']:+.1f}", _signed(p["gain"])]
+        for p in gains["points"]
+    ]
+    metric = _name(summary["primary"]["metric"])
+    return _Section("The gain, and what the first encoder lacks", [told], ["arm", "", "against", "gap", metric], rows)
+
+
+def _probes_section(summary: Summary) -> _Section:
+    """Arms with the same encoders have the same probes: they share a row."""
+    by_probes: Dict[str, List[str]] = {}
+    for name, probes in summary["probes"].items():
+        if probes:
+            by_probes.setdefault(json.dumps(probes), []).append(name)
+    kinds = list(dict.fromkeys(kind for probes in summary["probes"].values() for kind in probes))
+    rows = []
+    for told, names in by_probes.items():
+        probes = json.loads(told)
+        for encoder, title in (("vit", "image encoder"), ("aux", "second encoder")):
+            if any(encoder in knows for knows in probes.values()):
+                cells = [f"{probes[k][encoder]:.1f}" if encoder in probes.get(k, {}) else "" for k in kinds]
+                rows.append([", ".join(names), title, *cells])
+    sentence = (
+        "Per cent that a linear probe reads from the frozen features alone, of types whose question is always the "
+        "same: of the image encoder from the mean of its tokens, of the second from its pooled features."
+    )
+    return _Section("What each encoder knows", [sentence], ["arms", "", *kinds], rows)
 
 
 def _name(metric: str) -> str:

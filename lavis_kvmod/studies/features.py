@@ -1,16 +1,18 @@
 """What the frozen encoders say of the images: computed once, and shared by all arms that would compute the same."""
 
+import json
 import logging
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Hashable, Iterator, List, Mapping, Optional
 
 import torch
 
 from lavis_kvmod.datasets.loading.images import one_of_each_image
 from lavis_kvmod.models.vision.feature_cache import FrozenFeatureCache, FrozenFeatures
+from lavis_kvmod.studies.probes import Asked, probe
 from lavis_kvmod.weights.files import whole_or_nothing
 
-__all__ = ["compute_features", "share_features"]
+__all__ = ["compute_features", "read_probes", "share_features"]
 
 _TOGETHER = 64
 
@@ -18,8 +20,9 @@ _TOGETHER = 64
 _loaded: Dict[str, Dict[str, FrozenFeatures]] = {}
 
 
-def compute_features(runner: Any, path: Path) -> int:
-    """Encode every image of a run's data, and write what was said of them to ``path``.
+def compute_features(runner: Any, path: Path, split: str) -> int:
+    """Encode every image of a run's data, and write what was said of them to ``path``; beside it, what linear probes
+    read from it, which learn from the split ``train`` and are asked about ``split``.
 
     Returns:
         How many images; 0, with a line in the log, where a run remembers none (``cache_frozen_features`` is off, or
@@ -29,17 +32,32 @@ def compute_features(runner: Any, path: Path) -> int:
     cache: Optional[FrozenFeatureCache] = getattr(model, "feature_cache", None)
     if cache is not None:
         model.eval()
+        asked: Dict[str, List[Asked]] = {}
         # As LAVIS's runner has them before it makes loaders: data set -> split -> data.
-        for dataset in [data for splits in runner.datasets.values() for data in splits.values()]:
+        for name, dataset in [pair for splits in runner.datasets.values() for pair in splits.items()]:
+            keys: Dict[Hashable, str] = {}
             for batch in _batches(dataset):
                 with torch.no_grad(), runner.autocast():
-                    model.frozen_features({**batch, "image": batch["image"].to(runner.device)})
+                    image = batch["image"].to(runner.device)
+                    model.frozen_features({"image": image, "image_key": batch["image_key"]})
+                keys.update(zip(batch["image_of"], batch["image_key"]))
+            asked.setdefault(name, []).extend(_questions(dataset, keys))
     if not cache:
         logging.info("features are not shared: cache_frozen_features is off, or images are augmented")
         return 0
+    probes = probe(asked.get("train", []), asked.get(split, []), cache.entries())
+    with whole_or_nothing(_of_probes(path)) as temporary:
+        temporary.write_text(json.dumps(probes), encoding="utf-8")
     with whole_or_nothing(path) as temporary:
         torch.save({key: tuple(own) for key, own in cache.entries().items()}, temporary)
     return len(cache)
+
+
+def read_probes(path: Path) -> Dict[str, Dict[str, float]]:
+    """What `compute_features` has left beside ``path``; nothing where it did not."""
+    file = _of_probes(path)
+    probes: Dict[str, Dict[str, float]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return probes
 
 
 def share_features(runner: Any, path: Path) -> None:
@@ -64,6 +82,21 @@ def _batches(dataset: Any) -> Iterator[Dict[str, Any]]:
         if any("image_key" not in sample for sample in samples):
             return
         yield {
+            "image_of": [dataset.image_of(i) for i in firsts[start : start + _TOGETHER]],
             "image": torch.stack([sample["image"] for sample in samples]),
             "image_key": [sample["image_key"] for sample in samples],
         }
+
+
+def _questions(dataset: Any, keys: Mapping[Hashable, str]) -> List[Asked]:
+    """The questions of a data set that have a type and one answer, about images whose key is known."""
+    rows: List[Mapping[str, Any]] = getattr(dataset, "annotation", None) or []
+    return [
+        Asked(keys[dataset.image_of(i)], row["question_type"], row["question"], row["answer"][0])
+        for i, row in enumerate(rows)
+        if row.get("question_type") and len(row.get("answer") or ()) == 1 and dataset.image_of(i) in keys
+    ]
+
+
+def _of_probes(path: Path) -> Path:
+    return path.with_suffix(".probes.json")

@@ -56,7 +56,9 @@ def summarise(study: Study, results: Sequence[Result]) -> Dict[str, Any]:
             }
             for arm in study.arms
         },
+        "probes": {name: of_arm.results[0]["probes"] for name, of_arm in arms.items()},
         "dose": _dose(study, arms, settings),
+        "gains": _gains(study, arms, settings),
         "shows_not": study.settings.shows_not,
     }
 
@@ -146,6 +148,26 @@ def _dose(study: Study, arms: Mapping[str, _Answers], settings: Dict[str, Any]) 
         for name, dose in study.settings.dose.items()
     ]
     line = fit_line([float(p["dose"]) for p in points], [float(p["accuracy"]) for p in points])
+    return {"points": points, "line": None if line is None else line._asdict()}
+
+
+def _gains(study: Study, arms: Mapping[str, _Answers], settings: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    """By pair of arms: by how much a probe of the second encoder beats one of the first, and what the pair gains."""
+    metric = study.primary.metric
+    points = []
+    for name, against in study.settings.gains.items():
+        probes = [
+            (knows["aux"] - knows["vit"], len(_of(arms[name].questions, f"question_type/{kind}")))
+            for kind, knows in arms[name].results[0]["probes"].items()
+            if "aux" in knows and metric in ("overall", f"question_type/{kind}")
+        ]
+        if probes:
+            gap = sum(gap * count for gap, count in probes) / sum(count for _, count in probes)
+            gain = _difference(arms[name], arms[against], metric, settings)
+            points.append({"arm": name, "against": against, "gap": round(gap, 2), "gain": gain})
+    if not points:
+        return None
+    line = fit_line([float(p["gap"]) for p in points], [float(p["gain"]["mean"]) for p in points])
     return {"points": points, "line": None if line is None else line._asdict()}
 
 

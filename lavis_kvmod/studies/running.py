@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import torch
 
-from lavis_kvmod.studies.features import compute_features
+from lavis_kvmod.studies.features import compute_features, read_probes
 from lavis_kvmod.studies.member import read_result, train_member
 from lavis_kvmod.studies.study import Member
 from lavis_kvmod.system.progress import clock
@@ -61,7 +61,8 @@ def run_members(
     for file in features.glob("*.pt"):
         file.unlink()
     results = [read_result(member) for member in members]
-    return [result for result in results if result is not None]
+    probes = {member.arm: read_probes(features / f"{member.features}.pt") for member in members}
+    return [{**result, "probes": probes[result["arm"]]} for result in results if result is not None]
 
 
 def _compute(member: Member, tools: Tools, features: Path) -> str:
@@ -69,7 +70,7 @@ def _compute(member: Member, tools: Tools, features: Path) -> str:
         options = [*member.options, f"run.output_dir={features / member.features}", "run.resume_ckpt_path=null"]
         runner = tools.build_runner(tools.load_config(member.cfg_path, options))
         try:
-            count = compute_features(runner, features / f"{member.features}.pt")
+            count = compute_features(runner, features / f"{member.features}.pt", member.split)
         finally:
             runner.log.close()
             runner.folder.release()

@@ -47,6 +47,11 @@ class StudySettings(Settings):
     arms: Dict[str, Any] = key({}, "name: `{about, options}`", expected="a table")
     primary: Dict[str, Any] = key({}, "`{metric, arm, against}`", expected="a table")
     dose: Dict[str, float] = key({}, "an arm's dose, where the arms are doses of one thing")
+    gains: Dict[str, str] = key(
+        {},
+        "`arm: against`, pairs whose difference is laid over what the second encoder knows and the first does not: by "
+        "how much a linear probe of its features reads the answers better",
+    )
     split: str = key("test", "the split that is compared on")
     resamples: int = key(2000, "of the bootstrap", gt=99)
     confidence: float = key(0.95, "of the intervals", gt=0, lt=1)
@@ -204,6 +209,8 @@ def _arms(settings: StudySettings, problems: List[str], options: Sequence[str]) 
         problems.append(f"seeds: expected whole numbers, each once, got {settings.seeds}")
     unknown = [name for name in settings.dose if name not in settings.arms]
     problems += [f"dose: {not_known(name, settings.arms, 'no arm of this study')}" for name in unknown]
+    unknown = [name for pair in settings.gains.items() for name in pair if name not in settings.arms]
+    problems += [f"gains: {not_known(name, settings.arms, 'no arm of this study')}" for name in unknown]
     return arms
 
 

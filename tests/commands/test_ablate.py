@@ -27,6 +27,7 @@ STUDY = {
     },
     "primary": {"metric": "answer_type/needs both", "arm": "A5", "against": "A0"},
     "dose": {"A0": 0, "A5": 1},
+    "gains": {"A5": "A0"},
     "shows_not": ["Anything: it is too small."],
     "resamples": 200,
 }
@@ -115,6 +116,10 @@ def test_a_study_is_trained_gone_on_with_and_told(study_of, tmp_path, monkeypatc
         assert part in page and part in text
     assert "<svg" in page and "http" not in page.replace("http://www.w3.org/2000/svg", "")
     assert "| A5 | the prefix |" in text and "Slope" in text
+    knows = told["probes"]["A5"]
+    assert set(knows) == {"on the left", "paper", "one line"} and set(told["probes"]["A0"]["paper"]) == {"vit"}
+    assert told["gains"] is None  # no probe can be asked what its primary metric asks
+    assert "| A1, A5 | second encoder |" in text
     trained.clear()
     (tmp_path / "page.md").write_text("Before\n<!-- study: study -->\nstale\n<!-- end -->\nAfter\n")
     args = study_of()
@@ -179,6 +184,7 @@ def test_a_bad_study_is_told_whole_before_anything_is_trained(study_of, monkeypa
         "arms.B/1.options: expected section.key, got 'prefix_gate'",
         "primary.metric: expected overall, question_type/NAME or answer_type/NAME, got 'accuracy'",
         "primary.arm: A1: no arm of this study",
+        "gains: A5: no arm of this study",
     ):
         assert part in told, part
     arms = {**STUDY["arms"], "A6": {"options": {"model.prefix_gate": "sigmoid", "run.max_epoch": 0}}}

@@ -19,6 +19,11 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from lavis_kvmod.demo import digits, parts, vision
+from lavis_kvmod.demo.colour_vision import (
+    ColourVisionRecipe,
+    build_colour_vision_encoder,
+    train_colour_vision_encoder,
+)
 from lavis_kvmod.demo.language import LanguageRecipe, accuracy
 from lavis_kvmod.demo.pages_language import PagesLanguageRecipe
 from lavis_kvmod.demo.vision import VisionRecipe
@@ -113,6 +118,22 @@ def test_every_entry_of_the_vit_goes_through_the_luminance_step():
         tokens = encoder(image)
         assert torch.equal(encoder.forward_features(image), tokens)
         assert torch.equal(encoder.get_intermediate_layers(image)[-1], tokens)
+
+
+def test_the_vit_of_a_dose_sees_colour_once_it_has_been_shown_some(tmp_path):
+    image = images(digits.load_scans("val")[0])
+    spread = {}
+    for share in (0.0, 0.5):
+        torch.manual_seed(0)
+        recipe = ColourVisionRecipe(embed_dim=16, depth=1, num_heads=2, steps=4, batch_size=8, colour_share=share)
+        state, _ = train_colour_vision_encoder(recipe)
+        of_vit = {key[len("visual_encoder.") :]: value for key, value in state.items() if key.startswith("visual")}
+        encoder = build_colour_vision_encoder(embed_dim=16, depth=1, num_heads=2)
+        encoder.load_state_dict(of_vit)
+        with torch.no_grad():
+            spread[share] = encoder.eval()(image).std(0).mean()
+        assert bool(of_vit["patch_embed.proj.weight"][:, 1:].any()) == (share > 0)
+    assert spread[0.0] < 0.3 * spread[0.5]
 
 
 def test_the_file_holds_vit_and_ln_vision_and_nothing_else(tiny):

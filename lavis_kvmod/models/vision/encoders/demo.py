@@ -1,5 +1,6 @@
-"""The demo's ViT: small, blind to colour, trained on this machine on first use."""
+"""The demo's ViTs: small, trained on this machine on first use; one is blind to colour, others have seen some."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,3 +21,21 @@ def demo_vit(image_size: int, drop_path_rate: float, **geometry: Any) -> nn.Modu
     from lavis_kvmod.demo.vision import build_vision_encoder
 
     return build_vision_encoder(image_size, **geometry)
+
+
+def _colour_weights(per_cent: int) -> Path:
+    from lavis_kvmod.demo import parts
+
+    return parts.colour_vision_weights(per_cent / 100)
+
+
+def colour_vit(image_size: int, drop_path_rate: float, **geometry: Any) -> nn.Module:
+    """The demo's ViT, pre-trained with a share of coloured pictures (`lavis_kvmod.demo.colour_vision`)."""
+    from lavis_kvmod.demo.colour_vision import build_colour_vision_encoder
+
+    return build_colour_vision_encoder(image_size, **geometry)
+
+
+# In per cent: what studies/dose.yaml gives. A number of one's own wants a line like this one.
+for share in (0, 1, 3, 10, 100):
+    register_image_encoder(f"demo-colour-{share}", build_weights=partial(_colour_weights, share))(colour_vit)
