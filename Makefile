@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-gpu style map bench bench-hf bench-gpu bench-tables clean full-size memory parity
+.PHONY: help demo test test-full test-gpu style map reference docs bench bench-hf bench-gpu bench-tables clean full-size memory parity
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 20
@@ -43,6 +43,15 @@ style: $(STAMP) ## check style, formatting, types, and that imports run downward
 
 map: $(STAMP) ## write the lists of rooms in README.md and docs/architecture.md anew
 	@$(BIN)/python docs/map.py
+
+reference: $(STAMP) ## write docs/commands.md, docs/api.md and the tables of docs/settings.md anew, from the code
+	@$(BIN)/python -W ignore docs/reference.py
+	@$(BIN)/lavis-kvmod settings --write docs/settings.md
+
+# The variable spares readers of the log an advertisement of mkdocs-material's.
+docs: $(STAMP) ## build the documentation as a site (site/index.html), without a warning, all links checked
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo site/index.html
 
 # By path: LAVIS's wheel installs a package `benchmarks`, which `python -m` would find instead.
 # Options go in ARGS, for example: make bench ARGS='--rows caption_step --keep'
@@ -82,5 +91,5 @@ parity: $(STAMP) $(PARITY_STAMP) ## compare logits and tokens with Hugging Face'
 	@$(BIN)/python -W ignore benchmarks/parity_hf.py .venv-parity/bin/python
 
 clean: ## remove what builds and tests leave (.venv* and output/ stay)
-	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	@rm -rf build dist site *.egg-info .pytest_cache .ruff_cache
 	@find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

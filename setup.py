@@ -22,6 +22,10 @@ DEMO = [
     "scikit-learn",
 ]
 PARQUET = "pyarrow<26"  # later ones want NumPy 2, without saying so to pip
+DOCS = [
+    "mkdocs>=1.6,<2",  # what mkdocs-material stays with
+    "mkdocs-material>=9.7,<10",  # the newest for Python 3.8 and 3.9; maintained until May 2027
+]
 DEV = [
     "build",
     "import-linter>=2.6; python_version >= '3.10'",
@@ -106,5 +110,5 @@ setup(
         "transformers",
         "webdataset>=0.2.100",  # the newest for Python 3.8 and 3.9; tested with 1.0.2 too
     ],
-    extras_require={"demo": DEMO, "dev": DEMO + DEV, "parquet": [PARQUET]},
+    extras_require={"demo": DEMO, "dev": DEMO + DEV + DOCS, "docs": DOCS, "parquet": [PARQUET]},
 )

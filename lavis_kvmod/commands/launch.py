@@ -28,7 +28,7 @@ TOLD = (ConfigurationError, CheckpointError, BadDataError, RunFolderError, FileN
 _NO_ROOM = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
 
 
-def parse_args(description: str, argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def argument_parser(description: str) -> argparse.ArgumentParser:
     """LAVIS's arguments: ``--cfg-path`` and ``--options``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -44,6 +44,12 @@ def parse_args(description: str, argv: Optional[Sequence[str]]) -> argparse.Name
         metavar="KEY=VALUE",
         help="override values of the run file, e.g. run.max_epoch=2 model.kv_modulation=false",
     )
+    return parser
+
+
+def parse_args(description: str, argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Parse LAVIS's arguments; an option without a value ends with a sentence."""
+    parser = argument_parser(description)
     args = parser.parse_args(argv)
     for option in args.options:
         if "=" not in option:
@@ -147,4 +153,4 @@ def _message(error: Exception) -> str:
     return text.rpartition(f"{type(error).__name__}: ")[-1].strip()
 
 
-__all__ = ["build_runner", "load_config", "parse_args", "run_command"]
+__all__ = ["argument_parser", "build_runner", "load_config", "parse_args", "run_command"]

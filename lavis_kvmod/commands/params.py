@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--cfg-path", metavar="YAML", help="the model of this run file")
     source.add_argument(
-        "--model-type", metavar="TYPE", help="the model of this type (lavis-kvmod list types); default: the arch's own"
+        "--model-type", metavar="TYPE", help="the model of this type (lavis-kvmod list models); default: the arch's own"
     )
     parser.add_argument("--arch", default=ARCH, choices=list(SETTINGS), help="with --model-type; default: %(default)s")
     parser.add_argument(

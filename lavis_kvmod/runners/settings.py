@@ -136,7 +136,7 @@ class RunnerSettings(RunSettings):
         "bring an image's questions together and encode it once a batch; `auto`: where questions are answered "
         "([training.md](training.md#one-image-many-questions))",
     )
-    fsdp: bool = key(False, "spread the frozen OPT over the GPUs ([training.md](training.md))")
+    fsdp: bool = key(False, "spread the frozen OPT over the GPUs ([several_gpus.md](several_gpus.md))")
 
     def conflicts(self) -> List[str]:
         """Keys that do not go together, and trackers that are not installed."""
