@@ -82,8 +82,11 @@ class ColourRecipe:
 AnyRecipe = Union[Recipe, PagesRecipe, ColourRecipe]
 
 
-def build_parts(recipe: Recipe = DEMO) -> Path:
+def build_parts(recipe: Recipe = DEMO, language_first: bool = False) -> Path:
     """Build what is not in the cache yet.
+
+    Two processes that begin with different parts (``language_first``) build them side by side: each then waits for the
+    other's.
 
     Returns:
         The folder that holds both parts.
@@ -92,8 +95,9 @@ def build_parts(recipe: Recipe = DEMO) -> Path:
         ImportError: without scikit-learn.
         OSError: if the cache cannot be written.
     """
-    vision_weights(recipe)
-    language_model(recipe)
+    builds: List[Callable[[Recipe], Path]] = [vision_weights, language_model]
+    for build in reversed(builds) if language_first else builds:
+        build(recipe)
     return parts_dir(recipe)
 
 

@@ -3,10 +3,33 @@
 import logging
 import sys
 import time
+from contextlib import contextmanager
 from typing import Iterable, Iterator, Optional, Sized, cast
 
 from lavis.common.dist_utils import is_main_process
 from tqdm import tqdm
+
+_has_terminal_alone = True
+
+
+@contextmanager
+def sharing_terminal(name: str) -> Iterator[None]:
+    """Within, this process is one of several that write to a terminal: ``name`` stands in front of its log lines, and
+    progress is lines, as bars would write over each other."""
+    global _has_terminal_alone
+
+    class NamedRecord(logging.LogRecord):
+        def getMessage(self) -> str:
+            return f"{name} | " + super().getMessage().replace("\n", f"\n{name} | ")
+
+    before, factory = _has_terminal_alone, logging.getLogRecordFactory()
+    _has_terminal_alone = False
+    logging.setLogRecordFactory(NamedRecord)
+    try:
+        yield
+    finally:
+        _has_terminal_alone = before
+        logging.setLogRecordFactory(factory)
 
 
 class Progress:
@@ -38,7 +61,7 @@ class Progress:
     def __iter__(self) -> Iterator:
         if not is_main_process():
             yield from self._iterable
-        elif sys.stderr.isatty():
+        elif sys.stderr.isatty() and _has_terminal_alone:
             # A bar must not share its line with log records.
             self._bar = tqdm(
                 self._iterable,

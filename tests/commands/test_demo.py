@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from lavis_kvmod.commands.demo import accuracy_table, answer_lines, contact_sheet
+from lavis_kvmod.commands.demo import accuracy_table, answer_lines, contact_sheet, trainings_at_once
 from lavis_kvmod.demo import digits
 from lavis_kvmod.weights import files as checkpoints
 
@@ -41,6 +41,12 @@ def test_answers_and_table_say_what_was_measured():
     scores = {"digit": 0.5, "ink": 0.25, "paper": 0.75, "even": 1.0, "overall": 0.625}
     table = accuracy_table({"with_prefix": scores, "without_prefix": {k: v / 2 for k, v in scores.items()}})
     assert [line.split()[-2:] for line in table.splitlines()[1:]][1] == ["0.125", "0.250"]
+
+
+def test_both_are_trained_at_once_where_there_is_room():
+    gib = 2**30
+    cases = {(1, None): 1, (1, 64 * gib): 1, (2, None): 2, (2, 4 * gib): 2, (2, 3 * gib): 1, (64, 64 * gib): 2}
+    assert {case: trainings_at_once(*case) for case in cases} == cases
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ The text is tokenised as LAVIS and OPT do: BOS (``</s>``) first, and a closing n
 
 import logging
 import re
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Set, Union
+from functools import lru_cache
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -60,6 +61,13 @@ def one_each(prompt: Prompt, count: int) -> List[str]:
     return list(prompt)
 
 
+@lru_cache(maxsize=2**15)
+def _token_ids(tokenizer: Any, text: str, after_text: bool = False) -> Tuple[int, ...]:
+    """Ids of a text, behind BOS unless it stands ``after_text``. Questions and answers come again and again, and OPT's
+    tokenizer is written in Python: a batch of 256 takes it 0.1 s."""
+    return tuple(tokenizer(text, add_special_tokens=not after_text).input_ids)
+
+
 def question_contexts(tokenizer: Any, questions: Sequence[str], prompt: Prompt, max_length: int) -> List[List[int]]:
     """Token ids of each prompt with its question filled in, at most ``max_length`` many.
 
@@ -87,7 +95,7 @@ def question_contexts(tokenizer: Any, questions: Sequence[str], prompt: Prompt, 
 def _fit(tokenizer: Any, template: str, question: str, max_length: int) -> List[int]:
     def ids(end: int) -> List[int]:
         # The template is filled by `replace`, not `format`: a question may itself contain braces.
-        return tokenizer(template.replace(QUESTION, question[:end].rstrip())).input_ids
+        return list(_token_ids(tokenizer, template.replace(QUESTION, question[:end].rstrip())))
 
     whole = ids(len(question))
     if len(whole) <= max_length:
@@ -161,7 +169,7 @@ def answer_ids(tokenizer: Any, answer: str, what: str = "the answer") -> List[in
     answer = one_line(answer)
     if not answer:
         raise ValueError(f"{what} is empty")
-    return tokenizer(f" {answer}\n", add_special_tokens=False).input_ids
+    return list(_token_ids(tokenizer, f" {answer}\n", after_text=True))
 
 
 def answer_batch(tokenizer: Any, contexts: Sequence[List[int]], answers: Sequence[str], device: Device) -> TextBatch:
