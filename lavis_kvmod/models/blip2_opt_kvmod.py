@@ -153,11 +153,13 @@ class Blip2OPTKVMod(SoftPromptModel):
         Raises:
             ValueError: for wrong shapes, an empty question, answer or caption, or a question without answers.
         """
-        soft_prompt = self.soft_prompts(samples)
+        image_of = samples.get("image_index")
+        image_of = None if image_of is None else image_of.cpu()  # read before the encoders are waited for
+        soft_prompt = self._of_images(samples)
         if "answer" in samples:
             contexts = self._question_contexts(samples)
             rows, answers, row_weights = answers_of(samples, draw=self.answer_loss == "sample" and self.training)
-            soft_prompt = soft_prompt[rows]
+            image_of = rows if image_of is None else image_of[rows]
             text = answer_batch(self.opt_tokenizer, [contexts[i] for i in rows.tolist()], answers, self.device)
         else:
             row_weights = None
@@ -166,7 +168,7 @@ class Blip2OPTKVMod(SoftPromptModel):
                 *(self.opt_tokenizer, samples["text_input"], prompt, self.max_txt_len, self.device),
                 split=self.split_texts and self.training,
             )
-        return self._language_loss(soft_prompt, text, row_weights)
+        return self._language_loss(soft_prompt, text, row_weights, image_of)
 
     # ------------------------------------------------------------ generation
 

@@ -12,6 +12,7 @@ from lavis_kvmod.models.language.answers import mean_loss
 from lavis_kvmod.models.language.decoding import Search
 from lavis_kvmod.models.language.gated_cross_attention import GatedLayers
 from lavis_kvmod.models.language.opt import FrozenOPT
+from lavis_kvmod.models.language.packing import Packing, pack, packing_pays
 from lavis_kvmod.models.language.soft_prompt import ScoredAnswer, continue_texts, token_losses
 from lavis_kvmod.models.language.text import QUESTION, Prompt, TextBatch, question_contexts
 
@@ -45,8 +46,12 @@ class SoftPromptModel(KVModBase):
     def soft_prompts(self, samples: Dict[str, Any]) -> Tensor:
         """The soft prompt of each sample, (b, q, width). An image is encoded once, however many samples show it
         (``image_index`` (b,)), and not at all if `encoded` has been given the batch."""
-        soft_prompt = samples["soft_prompt"] if "soft_prompt" in samples else self.encode(samples).soft_prompt
+        soft_prompt = self._of_images(samples)
         return soft_prompt[samples["image_index"]] if "image_index" in samples else soft_prompt
+
+    def _of_images(self, samples: Dict[str, Any]) -> Tensor:
+        """The soft prompt of each image (i, q, width)."""
+        return samples["soft_prompt"] if "soft_prompt" in samples else self.encode(samples).soft_prompt
 
     def encoded(self, samples: Dict[str, Any]) -> Dict[str, Any]:
         """The batch with the soft prompts of its images, for several passes (answers and a loss) over the same ones."""
@@ -69,11 +74,26 @@ class SoftPromptModel(KVModBase):
         nothing = of_image.new_zeros(len(of_image), 0, self.opt_model.config.word_embed_proj_dim)
         return nothing, self.gated_layers.within(self.opt_model, of_image)
 
-    def _language_loss(self, soft_prompt: Tensor, text: TextBatch, row_weights: Optional[Tensor]) -> Dict[str, Tensor]:
+    def _language_loss(
+        self, soft_prompt: Tensor, text: TextBatch, row_weights: Optional[Tensor], image_of: Optional[Tensor] = None
+    ) -> Dict[str, Tensor]:
+        """Mean loss of texts (b, t), each behind its own soft prompt, or behind that of its image ``image_of`` (b,)."""
+        packing = None if image_of is None else self._packing(soft_prompt, text, image_of.tolist())
+        if image_of is not None and packing is None:
+            soft_prompt = soft_prompt[image_of.to(soft_prompt.device, non_blocking=True)]
         soft_prompt, seeing = self.into_language_model(soft_prompt)
         with self.autocast_for(self.opt_model), seeing:
-            row, token_loss = token_losses(self.opt_model, soft_prompt, text)
+            row, token_loss = token_losses(self.opt_model, soft_prompt, text, packing)
         return mean_loss(token_loss, None if row_weights is None else row_weights.to(row.device)[row])
+
+    def _packing(self, soft_prompt: Tensor, text: TextBatch, image_of: List[int]) -> Optional[Packing]:
+        """How the texts of an image share its row of the language model; None where that saves little."""
+        images, q = soft_prompt.shape[:2]
+        width = self.opt_model.config.hidden_size
+        if self.gated_layers is not None or not packing_pays(image_of, text.lengths, q, width):
+            return None
+        columns, device = text.input_ids.shape[1], soft_prompt.device
+        return pack(image_of, text.lengths, num_images=images, num_soft=q, columns=columns, device=device)
 
     def _question_contexts(self, samples: Dict[str, Any], prompt: Prompt = "") -> List[List[int]]:
         """Token ids of each question in its prompt: the same in training and in evaluation."""

@@ -23,6 +23,8 @@ from lavis_kvmod.system.progress import Progress
 
 __all__ = ["TrainsEpochs"]
 
+_READ_ON_CPU = ("image_index",)  # of a batch: the device would have to be waited for
+
 
 class TrainsEpochs(SavesRuns):
     """Reads `train_loader`, `gradient_step` and `schedule`; moves `state` on."""
@@ -235,7 +237,7 @@ def on_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
-        return {key: on_device(each, device) for key, each in value.items()}
+        return {key: each if key in _READ_ON_CPU else on_device(each, device) for key, each in value.items()}
     if isinstance(value, list):
         return [on_device(each, device) for each in value]
     return value

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from lavis_kvmod.models import soft_prompts
+from lavis_kvmod.models.language.packing import packing_pays
+
 INDEX = [0, 1, 0, 1, 0]
 
 
@@ -32,11 +35,21 @@ def encoded_images(model):
     return seen
 
 
+@pytest.fixture(params=[False, True], ids=["a row each", "packed"])
+def packed(request, monkeypatch):
+    """Whether the texts of an image share a row of the language model, be it worth it or not."""
+    monkeypatch.setattr(soft_prompts, "packing_pays", lambda image_of, *_: request.param and len(set(image_of)) < 5)
+    return request.param
+
+
 @pytest.mark.parametrize("answer_loss", ["sample", "all"])
-def test_loss_and_gradients_are_those_of_an_image_for_each_question(build, images, answer_loss):
+def test_loss_and_gradients_are_those_of_an_image_for_each_question(build, images, packed, answer_loss):
     model = build(answer_loss=answer_loss, prefix_gate="tanh").train()
     model.Qformer.eval()  # without dropout
-    gradients, losses, seen = [], [], encoded_images(model)
+    gradients, losses, seen, rows = [], [], encoded_images(model), []
+    model.opt_model.model.decoder.register_forward_pre_hook(
+        lambda *args: rows.append(len(args[2]["inputs_embeds"])), with_kwargs=True
+    )
     for batch in batches(images):
         model.zero_grad()
         loss = model(batch)["loss"]
@@ -47,9 +60,11 @@ def test_loss_and_gradients_are_those_of_an_image_for_each_question(build, image
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6, rtol=1e-4), name
     assert seen == [2, 5]
+    of_texts = 5 if answer_loss == "sample" else 7
+    assert rows == [2 if packed else of_texts, of_texts]
 
 
-def test_captions_of_an_image_share_it_too(model, images):
+def test_captions_of_an_image_share_it_too(model, images, packed):
     captions = [f"a photo of {n} cats" for n in range(5)]
     once, each = ({**batch, "text_input": captions} for batch in batches(images))
     for batch in (once, each):
@@ -82,3 +97,15 @@ def test_as_many_questions_as_the_index_says(model, images):
     once, _ = batches(images)
     with pytest.raises(ValueError, match="4 images but 5 questions"):
         model({**once, "image_index": once["image_index"][:4]})
+
+
+def test_texts_are_packed_where_the_language_model_has_less_to_do():
+    def pays(images, each, length, num_soft=32, width=2560):
+        return packing_pays([i for i in range(images) for _ in range(each)], [length] * images * each, num_soft, width)
+
+    assert pays(16, 5, 15) and pays(1, 2, 15) and pays(64, 4, 14, num_soft=8, width=128)
+    assert not pays(16, 1, 15)  # nothing is shared
+    assert not pays(16, 5, 15, num_soft=0) and not pays(4, 5, 200, num_soft=8)  # it is little
+    assert not pays(1, 100, 15, num_soft=1, width=128)  # attention over one long row costs more than it saves
+    one_of_many = [0] * 20 + list(range(1, 17))  # all rows would be as long as one
+    assert not packing_pays(one_of_many, [15] * 36, 32, 2560)

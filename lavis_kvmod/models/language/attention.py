@@ -72,7 +72,8 @@ class CachedAttention(OPTAttention):
     """LAVIS's ``OPTAttention``, by `torch.nn.functional.scaled_dot_product_attention`; a frozen one, without dropout.
 
     ``past_key_value`` is a pair of tensors as in LAVIS, or a `LayerCache`, which is written in place. Several positions
-    without an ``attention_mask`` attend causally, which needs none to be made and takes the fastest kernel.
+    without an ``attention_mask`` attend causally, which needs none to be made and takes the fastest kernel; a mask may
+    also be of booleans, true where a position is seen.
     """
 
     def forward(
@@ -95,7 +96,7 @@ class CachedAttention(OPTAttention):
             key, value = past_key_value.add(key, value)
         elif past_key_value is not None:
             key, value = (torch.cat(pair, dim=2) for pair in zip(past_key_value, (key, value)))
-        if attention_mask is not None and attention_mask.dtype != query.dtype:  # under autocast
+        if attention_mask is not None and attention_mask.dtype not in (query.dtype, torch.bool):  # under autocast
             attention_mask = attention_mask.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
         is_causal = attention_mask is None and past_key_value is None and query.shape[2] > 1
         # (b, heads, t, head width)

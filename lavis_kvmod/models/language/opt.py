@@ -24,20 +24,31 @@ class CausalDecoder(OPTDecoder):
     the result is that of the mask, to rounding.
     """
 
-    def forward(self, *args: Any, is_causal: bool = False, **kwargs: Any) -> Any:
-        """As LAVIS's; with ``is_causal``, ``inputs_embeds`` (b, t, width) alone, and nothing is kept for later."""
+    def forward(
+        self,
+        *args: Any,
+        is_causal: bool = False,
+        position: Optional[Tensor] = None,
+        seen: Optional[Tensor] = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As LAVIS's; with ``is_causal``, ``inputs_embeds`` (b, t, width) alone, and nothing is kept for later.
+        ``position`` and ``seen`` are then a `Packing`'s, of rows that hold several texts."""
         if not is_causal:
             return super().forward(*args, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self._causal(kwargs["inputs_embeds"]))
+        return BaseModelOutputWithPast(last_hidden_state=self._causal(kwargs["inputs_embeds"], position, seen))
 
-    def _causal(self, states: Tensor) -> Tensor:
+    def _causal(self, states: Tensor, position: Optional[Tensor], seen: Optional[Tensor]) -> Tensor:
         offset = self.embed_positions.offset
-        positions = self.embed_positions.weight[offset : offset + states.shape[1]]
+        if position is None:
+            positions = self.embed_positions.weight[offset : offset + states.shape[1]]
+        else:
+            positions = self.embed_positions.weight[offset + position]
         if self.project_in is not None:
             states = self.project_in(states)
         states = states + positions
         for layer in self.layers:
-            states = layer(states, attention_mask=None, use_cache=False)[0]
+            states = layer(states, attention_mask=seen, use_cache=False)[0]
         if self.final_layer_norm is not None:
             states = self.final_layer_norm(states)
         return states if self.project_out is None else self.project_out(states)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lavis_kvmod.models.language.decoding import Continuation, Search, decode
+from lavis_kvmod.models.language.packing import Packing
 from lavis_kvmod.models.language.positions import require_positions
 from lavis_kvmod.models.language.text import IGNORED, TextBatch, answer_ids, continuation_batch, prompt_batch
 from lavis_kvmod.system.text_cleaning import one_line
@@ -42,10 +43,13 @@ class ScoredAnswer(NamedTuple):
         return self.log_prob / max(self.num_tokens, 1)
 
 
-def token_losses(opt: Any, soft_prompt: Tensor, text: TextBatch) -> Tuple[Tensor, Tensor]:
+def token_losses(
+    opt: Any, soft_prompt: Tensor, text: TextBatch, packing: Optional[Packing] = None
+) -> Tuple[Tensor, Tensor]:
     """Cross-entropy of each labelled token of ``text`` (b, t) behind ``soft_prompt`` (b, q, width).
 
-    The text is padded on the right, so that no token sees padding: attention needs no mask.
+    The text is padded on the right, so that no token sees padding: attention needs no mask. With a ``packing``, soft
+    prompts are those of its i images (i, q, width), and the texts of an image share its row.
 
     Returns:
         For the k labelled tokens, the row each is in (k,) and its loss (k,), in the rows' order.
@@ -55,17 +59,26 @@ def token_losses(opt: Any, soft_prompt: Tensor, text: TextBatch) -> Tuple[Tensor
     """
     q = soft_prompt.shape[1]
     require_positions(opt, q, text.input_ids.shape[1])
-    embedded = opt.get_input_embeddings()(text.input_ids)
-    hidden = opt.model.decoder(
-        inputs_embeds=torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1), is_causal=True
-    ).last_hidden_state
     unseen = int(q == 0)  # without a soft prompt nothing stands before the text's first token
-    predicts = hidden[:, max(q, 1) - 1 : -1]  # (b, t, width)
     row, column = (text.targets[:, unseen:] != IGNORED).nonzero(as_tuple=True)
     if not len(row):
         raise ValueError("nothing to predict in this batch: every caption is no longer than its prompt")
-    logits = opt.lm_head(predicts[row, column])  # only where there is a loss
+    if packing is None:
+        hidden = _hidden(opt, soft_prompt, text.input_ids)
+        predicts = hidden[:, max(q, 1) - 1 : -1][row, column]  # (k, width)
+    else:
+        ids = text.input_ids.flatten()[packing.token]  # (i, s)
+        hidden = _hidden(opt, soft_prompt, ids, position=packing.position, seen=packing.seen)
+        predicts = hidden.flatten(0, 1)[packing.predicted_at[row, column]]
+    logits = opt.lm_head(predicts)  # only where there is a loss
     return row, F.cross_entropy(logits.float(), text.targets[row, column + unseen], reduction="none")
+
+
+def _hidden(opt: Any, soft_prompt: Tensor, ids: Tensor, **packed: Tensor) -> Tensor:
+    """OPT's last hidden states (b, q + t, width) over soft prompts (b, q, width) and tokens (b, t)."""
+    embedded = opt.get_input_embeddings()(ids)
+    together = torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1)
+    return opt.model.decoder(inputs_embeds=together, is_causal=True, **packed).last_hidden_state
 
 
 def full_mask(soft_prompt: Tensor, text: TextBatch) -> Tensor:

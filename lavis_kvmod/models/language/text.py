@@ -23,11 +23,13 @@ Device = Union[str, torch.device]
 
 
 class TextBatch(NamedTuple):
-    """Token ids (b, t), their attention mask (b, t) and, for training, labels (b, t)."""
+    """Token ids (b, t), their attention mask (b, t) and, for training, labels (b, t); ``lengths``, each text's number
+    of tokens, which no device has to be asked for."""
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Optional[Tensor] = None
+    lengths: Sequence[int] = ()
 
     @property
     def targets(self) -> Tensor:
@@ -251,4 +253,5 @@ def _pad(
         input_ids=padded(rows, tokenizer.pad_token_id),
         attention_mask=padded([[1] * len(row) for row in rows], 0),
         labels=None if labels is None else padded(labels, IGNORED),
+        lengths=[len(row) for row in rows],
     )
