@@ -96,7 +96,10 @@ class Settings(BaseModel):
     tables: ClassVar[Dict[str, Type["Settings"]]] = {}
 
     # `protected_namespaces`: LAVIS's key `model_type` looks like one of pydantic's own.
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    # Validators are built at first use: `import lavis` reads no run file.
+    model_config = ConfigDict(
+        strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), defer_build=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod
