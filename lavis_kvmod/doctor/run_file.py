@@ -33,7 +33,7 @@ from lavis_kvmod.weights.finding import WeightFile
 
 # Words by which a problem is told that something is not there, rather than that it is wrong.
 _ABSENT = re.compile(
-    r"no such|no folder|cannot be reached|is not installed|has no CUDA|not found|no file", re.IGNORECASE
+    r"no such|no folder|no shards found|cannot be reached|is not installed|has no CUDA|not found|no file", re.IGNORECASE
 )
 
 # The part that a key's file fills.

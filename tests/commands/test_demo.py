@@ -112,7 +112,7 @@ def test_captions(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_two_processes_train_it(tmp_path):
-    """As docs/training.md says, but one epoch; each answer of each split counts once."""
+    """As docs/several_gpus.md says, but one epoch; each answer of each split counts once."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "lavis.train"]
     command += ["--cfg-path", "projects/kvmod/demo_vqa.yaml", "--options", "run.max_epoch=1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1100)
