@@ -132,10 +132,14 @@ def test_a_finetuned_file_takes_the_rest_from_its_base(build, files, hf_folder, 
     assert changed == {"language_projection.weight"}
 
 
-def test_the_documented_commands_work(build, files, hf_folder, tmp_path, monkeypatch):
-    page = Path(__file__).parents[2] / "docs" / "checkpoints.md"
-    commands = re.findall(r"^lavis-kvmod (convert .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(commands) == 5
+@pytest.mark.parametrize(
+    "page, count, folders",
+    [("checkpoints.md", 5, ["blip2-again", "mine", "tuned"]), ("coming_from_huggingface.md", 2, ["tuned"])],
+)
+def test_the_documented_commands_work(build, files, hf_folder, tmp_path, monkeypatch, page, count, folders):
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    commands = re.findall(r"^lavis-kvmod (convert .*)$", text, re.MULTILINE)
+    assert len(commands) == count
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command.hf_folders, "VIT_HEAD_WIDTH", 8)  # the small model's heads
     monkeypatch.setattr(command.hf_folders, "QFORMER_HEAD_WIDTH", 8)
@@ -147,7 +151,7 @@ def test_the_documented_commands_work(build, files, hf_folder, tmp_path, monkeyp
     for line in commands:
         assert cli.main(shlex.split(line, comments=True)) == 0, line
     # The rest of the model is the same; what was trained is the base's, whose weights this one still has.
-    for folder in ("blip2-again", "mine", "tuned"):
+    for folder in folders:
         assert_same(hf_tensors(Path(folder)), hf_tensors(Path("blip2-opt-2.7b")))
         assert config_of(Path(folder))["vision_config"]["num_attention_heads"] == 4
 
