@@ -23,7 +23,7 @@ def demo_vit(image_size: int, drop_path_rate: float, **geometry: Any) -> nn.Modu
     return build_vision_encoder(image_size, **geometry)
 
 
-def _colour_weights(per_cent: int) -> Path:
+def _colour_weights(per_cent: float) -> Path:
     from lavis_kvmod.demo import parts
 
     return parts.colour_vision_weights(per_cent / 100)
@@ -37,5 +37,5 @@ def colour_vit(image_size: int, drop_path_rate: float, **geometry: Any) -> nn.Mo
 
 
 # In per cent: what studies/dose.yaml gives. A number of one's own wants a line like this one.
-for share in (0, 1, 3, 10, 100):
+for share in (0, 0.03, 0.1, 0.3, 1):
     register_image_encoder(f"demo-colour-{share}", build_weights=partial(_colour_weights, share))(colour_vit)
