@@ -9,6 +9,7 @@ from lavis_kvmod.datasets.settings import (
     CustomSettings,
     CustomVQASettings,
     DataSettings,
+    DigitsSettings,
     FileSettings,
     ImagesSettings,
     OfficialSettings,
@@ -75,6 +76,7 @@ TABLES: Dict[str, Table] = {
     "custom_caption-columns": Table("datasets", CaptionColumns),
     "vqav2": Table("datasets", OfficialSettings),
     "shards": Table("datasets", ShardSettings),
+    "digits": Table("datasets", DigitsSettings),
     "digits_pages": Table("datasets", PageSettings),
 }
 

@@ -6,7 +6,7 @@ frozen encoders said of the image. Where the image processor is random there is 
 
 from functools import lru_cache
 from itertools import product
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Type
 
 import numpy as np
 from lavis.datasets.datasets.base_dataset import BaseDataset
@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from lavis_kvmod.datasets.packaged import PackagedBuilder
+from lavis_kvmod.datasets.settings import DataSettings, DigitsSettings
 from lavis_kvmod.demo import digits
 
 __all__ = [
@@ -36,11 +37,12 @@ class _Digits(BaseDataset):
     Args:
         vis_processor, text_processor: LAVIS processors.
         split: see `lavis_kvmod.demo.digits.load_scans`, as are the errors raised.
+        first: only so many of its scans; None for all.
     """
 
-    def __init__(self, vis_processor: Callable, text_processor: Callable, split: str):
+    def __init__(self, vis_processor: Callable, text_processor: Callable, split: str, first: Optional[int] = None):
         super().__init__(vis_processor, text_processor, None, [])  # no files
-        self.scans = self._scans(split)
+        self.scans = self._scans(split)[:first]
         self.annotation = [
             {"image_id": f"{scan.index:04d}", **entry, "scan": row}
             for row, scan in enumerate(self.scans)
@@ -130,8 +132,8 @@ class DigitsVQAEvalDataset(DigitsVQADataset):
         answer_list: every answer there is, for tasks that rank them.
     """
 
-    def __init__(self, vis_processor: Callable, text_processor: Callable, split: str):
-        super().__init__(vis_processor, text_processor, split)
+    def __init__(self, vis_processor: Callable, text_processor: Callable, split: str, first: Optional[int] = None):
+        super().__init__(vis_processor, text_processor, split, first)
         self.answer_list = [*digits.DIGIT_WORDS, *digits.INKS, *digits.PAPERS, "yes", "no"]
 
     def _texts(self, annotation: Dict[str, Any]) -> Dict[str, Any]:
@@ -145,10 +147,17 @@ class _DigitsCaption(_Digits):
         wrong_captions: of how many (a share) the caption is another scan's.
     """
 
-    def __init__(self, vis_processor: Callable, text_processor: Callable, split: str, wrong_captions: float = 0.0):
-        scans = digits.load_scans(split)
+    def __init__(
+        self,
+        vis_processor: Callable,
+        text_processor: Callable,
+        split: str,
+        first: Optional[int] = None,
+        wrong_captions: float = 0.0,
+    ):
+        scans = self._scans(split)[:first]
         self._captions = dict(zip((scan.index for scan in scans), digits.captions(scans, wrong_captions)))
-        super().__init__(vis_processor, text_processor, split)
+        super().__init__(vis_processor, text_processor, split, first)
 
     def _entries(self, scan: digits.Scan) -> List[Dict[str, Any]]:
         return [{"caption": [self._captions[scan.index]]}]
@@ -179,8 +188,8 @@ class DigitsRetrievalEvalDataset(_DigitsCaption):
         img2txt, txt2img: for each image the numbers of its texts, for each text those of its images.
     """
 
-    def __init__(self, vis_processor: Callable, text_processor: Callable, split: str, wrong_captions: float = 0.0):
-        super().__init__(vis_processor, text_processor, split, wrong_captions)
+    def __init__(self, vis_processor: Callable, text_processor: Callable, split: str, **of_captions: Any):
+        super().__init__(vis_processor, text_processor, split, **of_captions)
         described = [self.text_processor(digits.caption(scan)) for scan in self.scans]
         words = product(digits.INKS, digits.DIGIT_WORDS, digits.PAPERS)
         self.text = [self.text_processor(f"a {ink} {digit} on {paper} paper") for ink, digit, paper in words]
@@ -207,6 +216,8 @@ def _pictures(split: str) -> np.ndarray:
 class _DigitsBuilder(PackagedBuilder):
     """Builds the three splits; see `lavis_kvmod.demo.digits` for what is in them."""
 
+    settings_class: Type[DataSettings] = DigitsSettings
+
     def build(self) -> Dict[str, _Digits]:
         """``train``, ``val`` and ``test``."""
         self.build_processors()
@@ -220,7 +231,7 @@ class _DigitsBuilder(PackagedBuilder):
 
     def _options(self, split: str) -> Dict[str, Any]:
         """More arguments of a split's data set."""
-        return {}
+        return {"first": self.settings.train_scans if split == "train" else None}
 
 
 class _CaptionsBuilder(_DigitsBuilder):
@@ -245,7 +256,7 @@ class _CaptionsBuilder(_DigitsBuilder):
 
     def _options(self, split: str) -> Dict[str, Any]:
         wrong = (self.config.get("build_info") or {}).get("wrong_captions") or {}
-        return {"wrong_captions": float(wrong.get(split, 0.0))}
+        return {**super()._options(split), "wrong_captions": float(wrong.get(split, 0.0))}
 
 
 class DigitsVQABuilder(_DigitsBuilder):

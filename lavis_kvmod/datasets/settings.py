@@ -6,6 +6,7 @@ and the processors are tables with declared keys of their own.
 
 from typing import Any, ClassVar, Dict, List, Literal, Optional, Type, Union
 
+from lavis_kvmod.demo import digits
 from lavis_kvmod.system.schema import Settings, key
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "CustomSettings",
     "CustomVQASettings",
     "DataSettings",
+    "DigitsSettings",
     "FileSettings",
     "ImagesSettings",
     "OfficialSettings",
@@ -103,6 +105,14 @@ class DataSettings(Settings):
         "vis_processor": ProcessorSettings,
         "text_processor": ProcessorSettings,
     }
+
+
+class DigitsSettings(DataSettings):
+    """What ``digits_vqa``, ``digits_caption`` and ``digits_retrieval`` read beside that."""
+
+    train_scans: int = key(
+        digits.SPLITS["train"], "scans that are trained on: few are few labels", ge=1, le=digits.SPLITS["train"]
+    )
 
 
 class SampleSettings(DataSettings):

@@ -2,12 +2,14 @@
 
 import json
 import multiprocessing
+import re
 import signal
 import time
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from lavis_kvmod.commands import ablate
@@ -15,6 +17,7 @@ from lavis_kvmod.commands.launch import load_config
 from lavis_kvmod.models.vision.feature_cache import FrozenFeatureCache
 from lavis_kvmod.studies import running
 from lavis_kvmod.studies.study import load_study
+from lavis_kvmod.system.paths import resource
 
 DATA = {"digits_a_page": 2, "page_size": 56, "digit_size": 28, "train_scans": 24, "pages_a_scan": 1}
 STUDY = {
@@ -200,7 +203,20 @@ def test_a_bad_study_is_told_whole_before_anything_is_trained(study_of, monkeypa
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (Path(__file__).parents[2] / "studies").glob("*.yaml")))
-def test_a_shipped_study_is_whole(name):
-    study, configs = load_study(f"studies/{name}", "projects/kvmod/demo_pages.yaml", load_config)
+def test_a_shipped_study_is_whole(name, monkeypatch):
+    head = resource(f"studies/{name}").read_text(encoding="utf-8").partition("\nabout:")[0]
+    assert f"--study studies/{name}" in head
+    monkeypatch.setenv("STAGE_2", "")  # the checkpoint that chain.yaml starts from
+    study, configs = load_study(f"studies/{name}", re.search(r"--cfg-path (\S+)", head)[1], load_config)
     assert len(study.arms) == len(configs) > 1 and study.settings.about and study.settings.shows_not
     assert all(arm.about for arm in study.arms) and len(study.settings.seeds) >= 3
+
+
+def test_arms_that_start_from_other_checkpoints_share_no_features(study_of, tmp_path):
+    """A stage-1 checkpoint holds ln_vision, which the visual tokens go through."""
+    stock = tmp_path / "stage1.pth"
+    torch.save({"model": {}}, stock)
+    arms = {"A0": {"about": "new"}, "A5": {"about": "from there", "options": {"model.pretrained": str(stock)}}}
+    args = study_of(arms=arms)
+    study, configs = load_study(args.study, args.cfg_path, load_config)
+    assert len({member.features for member in study.members(tmp_path, configs)}) == 2

@@ -32,7 +32,7 @@ RUN_FILES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yam
 ASKED_FOR = {  # issue by issue; the test that every file runs cannot notice one that is gone
     *("vqa", "vqa_opt6.7b", "caption", "caption_opt6.7b", "okvqa", "demo_vqa", "demo_caption", "easy_vqa"),
     *("custom_vqa", "custom_caption", "artquest"),
-    *("pretrain_stage1", "pretrain_stage2", "demo_stage1", "demo_stage2", "demo_retrieval"),
+    *("pretrain_stage1", "pretrain_stage2", "demo_stage1", "demo_stage2", "demo_retrieval", "demo_filtered"),
     *(f"eval/{name}" for name in ("vqav2", "okvqa", "coco_caption", "nocaps")),
     *(f"eval/{name}_zeroshot" for name in ("vqav2", "okvqa", "gqa", "nocaps", "textvqa")),
 }
@@ -190,9 +190,9 @@ def own_files(dataset, section, benchmarks, tmp_path):
         return [
             f"datasets.{dataset}.build_info.annotations.train.storage={own_shards(benchmarks, tmp_path / 'shards')}"
         ]
-    if not module.endswith((".custom", ".artquest")):
+    if not module.endswith((".custom", ".artquest", ".retrieval")):
         return []
-    columns = {key: section.columns.get(key, key) for key in ("image", "question", "answer", "caption")}
+    columns = {key: (section.get("columns") or {}).get(key, key) for key in ("image", "question", "answer", "caption")}
     rows = [
         ("COCO_train2014_000000000001.jpg", "What is she?", "astronaut", "a photo of an astronaut"),
         ("COCO_train2014_000000000002.jpg", "What animal is it?", "cat", "a photo of a cat"),

@@ -147,3 +147,16 @@ def test_a_share_of_captions_can_be_exchanged():
     ]
     section.build_info.wrong_captions = {"train": 3, "nope": 0.1}
     assert len(DigitsCaptionBuilder.config_problems(section)) == 2
+
+
+def test_few_scans_are_trained_on_and_all_are_asked_about():
+    config = OmegaConf.load(DigitsCaptionBuilder.default_config_path()).datasets.digits_caption
+    config.update(train_scans=50, build_info={"wrong_captions": {"train": 0.3}})
+    few = DigitsCaptionBuilder(config).build_datasets()
+    assert [len(few[split]) for split in digits.SPLITS] == [50, 144, 360]
+    shown = [digits.caption(scan) for scan in digits.load_scans("train")[:50]]
+    told = [entry["caption"][0] for entry in few["train"].annotation]
+    assert sum(a != b for a, b in zip(told, shown)) == 15  # of these 50, and among them
+    config.train_scans = 5000
+    (problem,) = DigitsCaptionBuilder.config_problems(config)
+    assert problem.startswith("train_scans: ") and "at most 1293" in problem
