@@ -154,12 +154,12 @@ def main(args: argparse.Namespace) -> int:
                 settings=settings,
                 shards=args.shards,
             )
+            if get_rank() == 0:
+                print(f"{args.out}: kept {counts['kept']} texts, dropped {counts['dropped']}")
     except (*TOLD, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: whole blocks are kept; the same command goes on after them", file=sys.stderr)
         return 130
-    if get_rank() == 0:
-        print(f"{args.out}: kept {counts['kept']} texts, dropped {counts['dropped']}")
     return 0

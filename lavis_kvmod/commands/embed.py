@@ -1,20 +1,32 @@
-"""``lavis-kvmod embed``: the features of a split's images and texts, by a stage-1 model, in a file."""
+"""``lavis-kvmod embed``: the features of a split's images and texts, by a stage-1 model, in a file.
+
+Under ``torchrun`` the ranks share the batches, and rank 0 writes. A batch holds the same images as in one process.
+"""
 
 import argparse
 import os
 import sys
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence
 
 import torch
+from torch import Tensor
 
 from lavis_kvmod.commands.launch import TOLD, ready, seed_everything, set_up_logging, weights_named
 from lavis_kvmod.config.loading import KVModConfig, load_config
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.cells import said
+from lavis_kvmod.system.distributed import gather, get_rank, get_world_size, init_distributed, leaves_group, on_main
 from lavis_kvmod.system.paths import expanded
 from lavis_kvmod.system.precision import amp_dtype, autocast
 from lavis_kvmod.system.progress import Progress
-from lavis_kvmod.tasks.embedding import Features, embed_images, embed_texts, require_kind, write_features
+from lavis_kvmod.tasks.embedding import (
+    TEXTS_A_BATCH,
+    Features,
+    embed_images,
+    embed_texts,
+    require_kind,
+    write_features,
+)
 
 ARCHS = ("blip2_kvmod", "blip2_kvmod_feature_extractor", "blip2_kvmod_image_text_matching")
 
@@ -43,6 +55,7 @@ def load(cfg_path: str, options: Sequence[str], split: str) -> Loaded:
     cfg = load_config(cfg_path, [*options, "run.evaluate=true", "run.valid_splits=[]", f"run.test_splits=[{split}]"])
     if cfg.model_cfg.arch not in ARCHS:
         raise BadDataError(f"model.arch: expected {ARCHS[0]}, which knows images and texts; got {cfg.model_cfg.arch}")
+    init_distributed(cfg.run_cfg)
     seed_everything(cfg.run_cfg.seed)
     task = tasks.setup_task(cfg)
     datasets = {s: d for splits in task.build_datasets(cfg).values() for s, d in splits.items()}
@@ -81,13 +94,23 @@ def picture_of(dataset: Any, number: int) -> Any:
     return read_image(os.path.join(getattr(dataset, "vis_root", None) or "", row["image"]))
 
 
-def _batches(loaded: Loaded, dataset: Any) -> Iterator[Dict[str, Any]]:
-    run, device = loaded.cfg.run_cfg, loaded.model.device
+def _batches(loaded: Loaded, dataset: Any, numbers: Sequence[Sequence[int]]) -> Iterator[Dict[str, Any]]:
+    """Batches of these samples, on the model's device."""
+    workers = int(loaded.cfg.run_cfg.num_workers)
     loader = torch.utils.data.DataLoader(
-        dataset, int(run.batch_size_eval), num_workers=int(run.num_workers), collate_fn=dataset.collater
+        dataset, batch_sampler=numbers, num_workers=workers, collate_fn=dataset.collater
     )
     for samples in Progress(loader, "embedding"):
-        yield {**samples, "image": samples["image"].to(device)}
+        yield {**samples, "image": samples["image"].to(loaded.model.device)}
+
+
+def _by_all_ranks(count: int, size: int, features_of: Callable[[List[List[int]]], Tensor]) -> Tensor:
+    """The features of ``count`` things in their order; of n ranks, each has computed those of every n-th batch."""
+    batches = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+    mine = batches[get_rank() :: get_world_size()]
+    shares = gather([(mine, features_of(mine))])
+    order = torch.tensor([number for numbers, _ in shares for batch in numbers for number in batch])
+    return torch.cat([features for _, features in shares])[order.argsort()]
 
 
 def embed(cfg_path: str, split: str, out: str, options: Sequence[str] = ()) -> Features:
@@ -101,12 +124,15 @@ def embed(cfg_path: str, split: str, out: str, options: Sequence[str] = ()) -> F
     loaded = load(cfg_path, options, split)
     dataset = loaded.datasets[split]
     names, texts = image_names(dataset), texts_of(dataset)
+    model, size = loaded.model, int(loaded.cfg.run_cfg.batch_size_eval)
     with loaded.autocast():
-        of_images = embed_images(loaded.model, _batches(loaded, dataset))
-        of_texts = embed_texts(loaded.model, texts)
+        of_images = _by_all_ranks(len(dataset), size, lambda mine: embed_images(model, _batches(loaded, dataset, mine)))
+        of_texts = _by_all_ranks(
+            len(texts), TEXTS_A_BATCH, lambda mine: embed_texts(model, [texts[i] for batch in mine for i in batch])
+        )
     about = {"split": split, "checkpoint": weights_named(loaded.cfg)}
     features = Features(names, of_images, texts, of_texts, about)
-    write_features(path, features)
+    on_main(lambda: write_features(path, features))
     return features
 
 
@@ -122,9 +148,11 @@ def main(args: argparse.Namespace) -> int:
     """Run the command, and return its exit status."""
     set_up_logging()
     try:
-        features = embed(args.cfg_path, args.split, args.out, args.options)
+        with leaves_group():
+            features = embed(args.cfg_path, args.split, args.out, args.options)
+            if get_rank() == 0:
+                print(f"{args.out}: {len(features.images)} images, {len(features.texts)} texts")
     except (*TOLD, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out}: {len(features.images)} images, {len(features.texts)} texts")
     return 0

@@ -14,10 +14,19 @@ from torch import Tensor
 from lavis_kvmod.tasks.retrieval_scores import Best, compare
 from lavis_kvmod.weights.files import whole_or_nothing
 
-__all__ = ["Features", "embed_images", "embed_texts", "read_features", "require_kind", "search", "write_features"]
+__all__ = [
+    "TEXTS_A_BATCH",
+    "Features",
+    "embed_images",
+    "embed_texts",
+    "read_features",
+    "require_kind",
+    "search",
+    "write_features",
+]
 
 KINDS = (".parquet", ".safetensors")
-_TEXTS_A_BATCH = 256
+TEXTS_A_BATCH = 256
 _IMAGES_AT_ONCE = 4096
 _ROWS_A_GROUP = 1024
 
@@ -35,13 +44,14 @@ class Features(NamedTuple):
 @torch.no_grad()
 def embed_images(model: Any, batches: Iterable[Dict[str, Any]]) -> Tensor:
     """All images of the batches, by a stage-1 model: (n, q, e) on the CPU."""
-    return torch.cat([model.image_features(model.features(samples)).float().cpu() for samples in batches])
+    found = [model.image_features(model.features(samples)).float().cpu() for samples in batches]
+    return torch.cat(found) if found else torch.zeros(0, model.query_tokens.shape[1], model.vision_proj.out_features)
 
 
 @torch.no_grad()
 def embed_texts(model: Any, texts: Sequence[str]) -> Tensor:
     """Texts, by a stage-1 model: (t, e) on the CPU."""
-    blocks = [texts[start : start + _TEXTS_A_BATCH] for start in range(0, len(texts), _TEXTS_A_BATCH)]
+    blocks = [texts[start : start + TEXTS_A_BATCH] for start in range(0, len(texts), TEXTS_A_BATCH)]
     found = [model.text_features(model.tokenise(block)).float().cpu() for block in blocks]
     return torch.cat(found) if found else torch.zeros(0, model.text_proj.out_features)
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +74,22 @@ def test_photographs_are_embedded_and_found(run_file, capsys):
         assert sheet.width > 3 * 128 and len(sheet.convert("RGB").getcolors(1_000_000)) > 1000
     assert cli.main([*command, "--sheet", "found.html"]) == 0
     assert Path("found.html").read_text().count("data:image/png;base64") == 6
+
+
+@pytest.mark.slow
+def test_two_processes_embed_as_one_does(run_file):
+    features = ["embed", "--cfg-path", run_file, "--options", "run.batch_size_eval=1", "--out"]
+    assert cli.main([*features, "one.safetensors"]) == 0
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "lavis_kvmod", *features, "two.safetensors"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("two.safetensors: 4 images, 4 texts") == 1
+    one, two = (read_features(Path(f"{name}.safetensors")) for name in ("one", "two"))
+    assert (two.images, two.texts, two.about) == (one.images, one.texts, one.about)
+    for of_one, of_two in zip((one.image_features, one.text_features), (two.image_features, two.text_features)):
+        assert of_one.shape == of_two.shape and (of_one - of_two).abs().max() <= 1e-6
 
 
 def test_what_cannot_be_searched_is_told(run_file, tmp_path, capsys):
