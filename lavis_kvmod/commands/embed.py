@@ -94,7 +94,7 @@ def picture_of(dataset: Any, number: int) -> Any:
     return read_image(os.path.join(getattr(dataset, "vis_root", None) or "", row["image"]))
 
 
-def _batches(loaded: Loaded, dataset: Any, numbers: Sequence[Sequence[int]]) -> Iterator[Dict[str, Any]]:
+def _batches(loaded: Loaded, dataset: Any, numbers: Sequence[List[int]]) -> Iterator[Dict[str, Any]]:
     """Batches of these samples, on the model's device."""
     workers = int(loaded.cfg.run_cfg.num_workers)
     loader = torch.utils.data.DataLoader(
