@@ -11,6 +11,7 @@ from lavis.common.dist_utils import is_main_process
 
 from lavis_kvmod.datasets.bad_samples import BadSampleCounter
 from lavis_kvmod.datasets.loading.loader import PADDING
+from lavis_kvmod.runners.compiling import eagerly
 from lavis_kvmod.runners.pace import Pace
 from lavis_kvmod.runners.saving import SavesRuns
 from lavis_kvmod.runners.signals import Stopped
@@ -104,7 +105,7 @@ class TrainsEpochs(SavesRuns):
         if self._peak_seconds is not None or not num_samples or self.settings.fsdp:
             yield
             return
-        with counted_flops() as found:
+        with eagerly(), counted_flops() as found:
             yield
         dtype = amp_dtype(self.amp, self.device.type) or torch.float32
         self._peak_seconds = found[0] / num_samples / matrix_peak(self.device, dtype)
@@ -225,7 +226,7 @@ class TrainsEpochs(SavesRuns):
             return None
         randomness = get_rng_state(self.device)
         model.eval()
-        with self.autocast():
+        with self.autocast(), eagerly():
             share = model.prefix_attention_share(samples)
         model.train()
         set_rng_state(randomness, self.device)

@@ -12,6 +12,7 @@ from lavis.runners.runner_base import RunnerBase
 from torch import nn
 
 from lavis_kvmod.datasets.loading.loader import Loader
+from lavis_kvmod.runners.compiling import Plan, begin_step, compile_parts, plan
 from lavis_kvmod.runners.loaders import make_loader, make_loaders
 from lavis_kvmod.runners.optimizers import build_optimizer
 from lavis_kvmod.runners.profiling import BatchProfiler
@@ -129,10 +130,18 @@ class RunParts(RunnerBase):
             if self.settings.fsdp:
                 shard_language_model(model, self.device.type)
             self._model = model.to(self.device)
+            if not self.evaluate_only:
+                compile_parts(self._model, self.compile_plan, self.device)
             self._wrapped_model = self._model
             if self.use_distributed:
                 self._wrapped_model = data_parallel(self._model, self.config.run_cfg.gpu if self.cuda_enabled else None)
         return self._wrapped_model
+
+    @cached_property
+    def compile_plan(self) -> Plan:
+        """What ``run.compile`` and ``run.cuda_graphs`` come to."""
+        settings = self.settings
+        return plan(settings.compile, settings.cuda_graphs, self.device.type, fsdp=settings.fsdp)
 
     @property
     def amp(self) -> Any:
@@ -180,7 +189,7 @@ class RunParts(RunnerBase):
             self._gradient_step = GradientStep(
                 model=self.model,
                 inner=self.unwrap_dist_model(self.model),
-                train_step=self.task.train_step,
+                train_step=self._train_step,
                 optimizer=self.optimizer,
                 scaler=self.scaler,
                 autocast=self.autocast,
@@ -190,6 +199,10 @@ class RunParts(RunnerBase):
                 device=self.device,
             )
         return self._gradient_step
+
+    def _train_step(self, model: nn.Module, samples: Dict[str, Any]) -> Any:
+        begin_step(self.compile_plan)
+        return self.task.train_step(model=model, samples=samples)
 
     # ------------------------------------------------------------ data
 

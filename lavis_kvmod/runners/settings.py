@@ -119,6 +119,16 @@ class RunnerSettings(RunSettings):
         "the run's folder",
         expected="true, false or {skip, batches}",
     )
+    compile: bool = key(
+        False,
+        "`torch.compile` for what is trained and the frozen parts it is trained behind "
+        "([performance.md](performance.md#compiling))",
+    )
+    cuda_graphs: Union[bool, Literal["auto"]] = key(
+        False,
+        "compile, and record CUDA graphs; `auto`: where that can be done. Untried: no GPU has run it yet",
+        expected="true, false or auto",
+    )
     log_peak_memory: bool = key(False, "log the most memory that each epoch's training took, on the GPU from its start")
     dist_timeout: float = key(60.0, "minutes after which a process gives up waiting for the others", gt=0)
     train_dataset_ratios: Optional[Dict[str, float]] = key(

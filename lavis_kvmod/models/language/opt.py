@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Optional, Tuple
 
+import torch
 from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTDecoder, OPTForCausalLM
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -37,6 +38,10 @@ class CausalDecoder(OPTDecoder):
         if not is_causal:
             return super().forward(*args, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self._causal(kwargs["inputs_embeds"], position, seen))
+
+    def compile_causal(self, mode: str) -> None:
+        """Have the way of what is trained behind compiled by `torch.compile`, not that of decoding."""
+        self._causal = torch.compile(self._causal, mode=mode)  # type: ignore[method-assign]
 
     def _causal(self, states: Tensor, position: Optional[Tensor], seen: Optional[Tensor]) -> Tensor:
         offset = self.embed_positions.offset
