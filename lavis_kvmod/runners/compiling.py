@@ -68,7 +68,7 @@ def compile_parts(model: nn.Module, wanted: Plan, device: torch.device) -> List[
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     for part in found.values():
         part.compile(mode=wanted.mode)
-    decoder = getattr(getattr(getattr(model, "opt_model", None), "model", None), "decoder", None)
+    decoder: Any = getattr(getattr(getattr(model, "opt_model", None), "model", None), "decoder", None)
     # Gated layers are hooks between OPT's, put there for each pass, which compiled code does not see.
     if hasattr(decoder, "compile_causal") and getattr(model, "gated_layers", None) is None:
         decoder.compile_causal(wanted.mode)
