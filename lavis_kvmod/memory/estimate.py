@@ -146,9 +146,10 @@ def _weights(model: Blip2OPTKVMod, device: str, shards: int) -> Tuple[Dict[str, 
     weights["buffers"] = _bytes(model.buffers())
     if device == "cpu" and model.aux_encoder is not None:
         # What the CPU computes with, beside the weights that are saved. Shapes are enough: all on "meta".
-        folded = fold(copy.deepcopy(model.aux_encoder.backbone).to("meta"))
-        if folded is not None:
-            weights["aux_encoder, folded"] = _bytes([*folded.parameters(), *folded.buffers()])
+        copies = [fold(copy.deepcopy(encoder.backbone).to("meta")) for encoder in model.aux_encoder.members]
+        folded = sum(_bytes([*of.parameters(), *of.buffers()]) for of in copies if of is not None)
+        if folded:
+            weights["aux_encoder, folded"] = folded
     if shards == 1:
         return weights, 0
     layers = [_bytes(layer.parameters()) for layer in model.opt_model.model.decoder.layers]

@@ -105,7 +105,7 @@ def attention_maps(model: Any, samples: Dict[str, Any]) -> AttentionMaps:
         raise ValueError("expected attention maps of the Q-Former; this model's connector has no such attention")
     cross = [_shares(layer) for layer in query_output.cross_attentions]
     own = [layer.float() for layer in query_output.self_attentions]
-    num_prefix = 0 if model.kv_prefix is None else model.kv_prefix.prefix_tokens.shape[0]
+    num_prefix = 0 if model.kv_prefix is None else model.kv_prefix.num_positions
     if model.aux_tokens is not None:  # tokens in front of the visual ones stand where a prefix would
         num_prefix += model.aux_tokens.in_front_of("visual_tokens")
     has_cross = [layer.has_cross_attention for layer in model.Qformer.bert.encoder.layer]

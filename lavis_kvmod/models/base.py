@@ -14,13 +14,13 @@ from lavis.models.blip2_models.blip2 import Blip2Base
 from torch import Tensor, nn
 
 from lavis_kvmod.models import loading
-from lavis_kvmod.models.connectors.kv_prefix import KVPrefix, KVPrefixGenerator, prefix_of_each_layer
+from lavis_kvmod.models.connectors.kv_prefix import KVPrefix, PrefixGenerator, prefix_of_each_layer
 from lavis_kvmod.models.connectors.registry import Connector
 from lavis_kvmod.models.empty import empty_weights
 from lavis_kvmod.models.optimizer_groups import optimizer_groups
 from lavis_kvmod.models.parts import PartSummary, summarise, train_only
 from lavis_kvmod.models.settings import PREFIX_GATES, ImageSideSettings
-from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder
+from lavis_kvmod.models.vision.auxiliary import Auxiliary
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB, FrozenFeatureCache, FrozenFeatures
 from lavis_kvmod.models.vision.feature_files import FeatureFiles, fingerprint
 from lavis_kvmod.models.vision.prefix_controls import controlled
@@ -113,17 +113,17 @@ class KVModBase(Blip2Base):
 
     def _add_prefix(
         self,
-        kv_prefix: Optional[KVPrefixGenerator],
-        aux_encoder: Optional[AuxiliaryEncoder],
+        kv_prefix: Optional[PrefixGenerator],
+        aux_encoder: Optional[Auxiliary],
         prefix_gate: str,
-        aux_tokens: Optional[nn.Module] = None,
+        *other_readers: Optional[nn.Module],
     ) -> None:
-        """Add the prefix's generator, or what makes tokens in its place, the encoder it reads, and the gates.
+        """Add the prefix's generator, the encoder that it (or what else reads it) reads, and the gates.
 
         Raises:
             ValueError: for an unknown ``prefix_gate``, or a prefix without its encoder.
         """
-        if (kv_prefix is None and aux_tokens is None) != (aux_encoder is None):
+        if all(reader is None for reader in (kv_prefix, *other_readers)) != (aux_encoder is None):
             raise ValueError("kv_prefix and aux_encoder belong together: give both or neither")
         if prefix_gate not in PREFIX_GATES:
             raise ValueError(f"prefix_gate: expected one of {PREFIX_GATES}, got {prefix_gate!r}")
@@ -201,7 +201,7 @@ class KVModBase(Blip2Base):
         """What the frozen encoders' features depend on: see `lavis_kvmod.models.vision.feature_files.fingerprint`."""
         return fingerprint(
             self.image_size,
-            None if self.aux_encoder is None else self.aux_encoder.image_size,
+            None if self.aux_encoder is None else self.aux_encoder.form,
             visual_encoder=self.visual_encoder,
             ln_vision=self.ln_vision,
             aux_encoder=self.aux_encoder,
@@ -222,7 +222,7 @@ class KVModBase(Blip2Base):
         return features._replace(visual_tokens=features.visual_tokens.to(stored_dtype(self.visual_encoder)))
 
     def _encode_image(self, image: Tensor) -> FrozenFeatures:
-        """(b, 3, H, H) -> visual tokens (b, n, width), pooled auxiliary features (b, f) or None."""
+        """(b, 3, H, H) -> visual tokens (b, n, width), auxiliary features (b, f) or (b, p, f), or None."""
         with self.autocast_for(self.visual_encoder):
             with torch.no_grad() if self.freeze_vit else contextlib.nullcontext():
                 visual_tokens = self.ln_vision(self.visual_encoder(image))
@@ -233,13 +233,20 @@ class KVModBase(Blip2Base):
         """The query tokens for each of ``rows`` images (rows, q, hidden); None where the connector reads none."""
         return None if self.query_tokens is None else self.query_tokens.expand(rows, -1, -1)
 
-    def prefixes(self, pooled: Optional[Tensor]) -> Optional[List[KVPrefix]]:
-        """Pooled features (b, f) -> one prefix for each cross-attention layer, or None without KV modulation."""
+    def dropped(self, pooled: Optional[Tensor]) -> Optional[Tensor]:
+        """Which samples of a training batch go without their prefix (b,), drawn anew; None where none does."""
+        if pooled is None or not (self.training and self.prefix_dropout):
+            return None
+        return torch.rand(len(pooled), device=pooled.device) < self.prefix_dropout
+
+    def prefixes(self, pooled: Optional[Tensor], dropped: Optional[Tensor] = None) -> Optional[List[KVPrefix]]:
+        """Auxiliary features -> one prefix for each cross-attention layer, or None without KV modulation.
+
+        ``dropped`` (b,) says which samples go without theirs, if that has been drawn.
+        """
         if self.kv_prefix is None or pooled is None:
             return None
-        dropped = None
-        if self.training and self.prefix_dropout:
-            dropped = torch.rand(len(pooled), device=pooled.device) < self.prefix_dropout
+        dropped = self.dropped(pooled) if dropped is None else dropped
         layers = self.Qformer.num_cross_attention_layers
         return prefix_of_each_layer(self.kv_prefix, pooled, layers, self.kv_gate, dropped)
 
@@ -255,7 +262,7 @@ class KVModBase(Blip2Base):
         if self.kv_prefix is None:
             return None
         maps = torch.stack(self.encode(samples, output_attentions=True).query_output.cross_attentions).float().abs()
-        of_prefix = maps[..., : self.kv_prefix.prefix_tokens.shape[0]].sum(-1)
+        of_prefix = maps[..., : self.kv_prefix.num_positions].sum(-1)
         return (of_prefix / maps.sum(-1)).mean().item()
 
     # ------------------------------------------------------------ precision

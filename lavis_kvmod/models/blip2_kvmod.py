@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lavis_kvmod.models import build
 from lavis_kvmod.models.base import KVModBase, model_type_files
-from lavis_kvmod.models.connectors.kv_prefix import KVPrefix, KVPrefixGenerator, prefix_of_each_layer
+from lavis_kvmod.models.connectors.kv_prefix import KVPrefix, PrefixGenerator, prefix_of_each_layer
 from lavis_kvmod.models.connectors.qformer import QFormerOutput
 from lavis_kvmod.models.momentum import FeatureQueue, MomentumWeights
 from lavis_kvmod.models.objectives import (
@@ -38,7 +38,7 @@ from lavis_kvmod.models.objectives import (
     similarities,
 )
 from lavis_kvmod.models.settings import Stage1Settings
-from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder
+from lavis_kvmod.models.vision.auxiliary import Auxiliary
 from lavis_kvmod.models.vision.feature_cache import FrozenFeatures
 from lavis_kvmod.system.distributed import all_reduce_tensor, gather_rows, get_rank, get_world_size
 from lavis_kvmod.weights.reading import LoadReport
@@ -125,8 +125,8 @@ class Blip2KVMod(KVModBase):
         momentum_queue: int = 0,
         momentum_rate: float = 0.995,
         momentum_alpha: float = 0.4,
-        kv_prefix: Optional[KVPrefixGenerator] = None,
-        aux_encoder: Optional[AuxiliaryEncoder] = None,
+        kv_prefix: Optional[PrefixGenerator] = None,
+        aux_encoder: Optional[Auxiliary] = None,
         prefix_gate: str = "none",
         **image_side: Any,
     ):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lavis_kvmod.models import attention_maps, build
 from lavis_kvmod.models.base import model_type_files
 from lavis_kvmod.models.connectors.aux_tokens import AuxTokens, joined
-from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
+from lavis_kvmod.models.connectors.kv_prefix import PrefixGenerator
 from lavis_kvmod.models.language.answers import answers_of
 from lavis_kvmod.models.language.decoding import Search
 from lavis_kvmod.models.language.gated_cross_attention import GatedLayers
@@ -35,7 +35,7 @@ from lavis_kvmod.models.language.text import (
 )
 from lavis_kvmod.models.settings import ANSWER_LOSSES, ModelSettings
 from lavis_kvmod.models.soft_prompts import Encoded, SoftPromptModel
-from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder
+from lavis_kvmod.models.vision.auxiliary import Auxiliary
 
 INFERENCE_METHODS = ("generate", "rank")
 
@@ -74,8 +74,8 @@ class Blip2OPTKVMod(SoftPromptModel):
         *,
         opt_model: FrozenOPT,
         opt_tokenizer: Any,
-        kv_prefix: Optional[KVPrefixGenerator] = None,
-        aux_encoder: Optional[AuxiliaryEncoder] = None,
+        kv_prefix: Optional[PrefixGenerator] = None,
+        aux_encoder: Optional[Auxiliary] = None,
         aux_tokens: Optional[AuxTokens] = None,
         gated_layers: Optional[GatedLayers] = None,
         prefix_gate: str = "none",
@@ -90,11 +90,11 @@ class Blip2OPTKVMod(SoftPromptModel):
         super().__init__(**image_side)
         self.opt_model = opt_model
         self.gated_layers = gated_layers
-        self.opt_proj: Optional[nn.Linear] = None
+        self.opt_proj = None
         if gated_layers is None:
             self.opt_proj = nn.Linear(self.Qformer.hidden_size, opt_model.config.word_embed_proj_dim)
         self.aux_tokens = aux_tokens
-        self._add_prefix(kv_prefix, aux_encoder, prefix_gate, aux_tokens)
+        self._add_prefix(kv_prefix, aux_encoder, prefix_gate, aux_tokens, getattr(gated_layers, "kv_prefix", None))
         self.opt_tokenizer = opt_tokenizer
         if opt_tokenizer is not None:  # None only in a model that is there to be counted
             self.eos_token_id = opt_tokenizer("\n", add_special_tokens=False).input_ids[0]
@@ -119,18 +119,16 @@ class Blip2OPTKVMod(SoftPromptModel):
         Raises:
             ValueError: if the images have another shape than the ViT was built for.
         """
-        features = self.frozen_features(samples)
-        aux, pooled = self.aux_tokens if with_prefix else None, features.pooled
+        features, aux = self.frozen_features(samples), self.aux_tokens
+        pooled = features.pooled if with_prefix else None
+        dropped = self.dropped(pooled)
         query_output = self.Qformer(
             query_embeds=joined("queries", self.queries(len(features.visual_tokens)), aux, pooled),
             encoder_hidden_states=joined("visual_tokens", features.visual_tokens, aux, pooled),
-            prefix=self.prefixes(pooled) if with_prefix else None,
+            prefix=self.prefixes(pooled, dropped),
             output_attentions=output_attentions,
         )
-        soft_prompt = query_output.last_hidden_state
-        if self.opt_proj is not None:
-            soft_prompt = self.opt_proj(soft_prompt)
-        return Encoded(query_output, joined("tokens", soft_prompt, aux, pooled))
+        return Encoded(query_output, self._for_language_model(query_output.last_hidden_state, pooled, dropped))
 
     # ------------------------------------------------------------ loss
 

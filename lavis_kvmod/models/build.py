@@ -5,7 +5,7 @@ from typing import Any, Dict, NamedTuple, Optional
 
 from lavis_kvmod.models.connectors import CONNECTORS, ConnectorSizes
 from lavis_kvmod.models.connectors.aux_tokens import AuxTokens, Place
-from lavis_kvmod.models.connectors.kv_prefix import KVPrefixGenerator
+from lavis_kvmod.models.connectors.kv_prefix import PrefixGenerator, prefix_generator
 from lavis_kvmod.models.connectors.registry import Connector
 from lavis_kvmod.models.language.bert import BLIP2_VOCABULARY, load_bert_tokenizer, start_from_bert
 from lavis_kvmod.models.language.gated_cross_attention import GatedLayers
@@ -17,7 +17,12 @@ from lavis_kvmod.models.settings import (
     ObjectiveSettings,
     Stage1Settings,
 )
-from lavis_kvmod.models.vision.auxiliary import AuxiliaryEncoder, build_auxiliary_encoder, untrained_encoder
+from lavis_kvmod.models.vision.auxiliary import (
+    Auxiliary,
+    build_auxiliary_encoder,
+    side_by_side,
+    untrained_encoder,
+)
 from lavis_kvmod.models.vision.encoders import Vision, build_vision_encoder
 
 
@@ -25,8 +30,8 @@ class ImageSide(NamedTuple):
     """All that an image passes on its way to the query outputs; every model of the family has it."""
 
     vision: Vision
-    aux_encoder: Optional[AuxiliaryEncoder]
-    kv_prefix: Optional[KVPrefixGenerator]
+    aux_encoder: Optional[Auxiliary]
+    kv_prefix: Optional[PrefixGenerator]
     connector: Connector
     aux_tokens: Optional[AuxTokens] = None
 
@@ -78,12 +83,7 @@ def build_image_side(
     made = CONNECTORS[connector].build(settings, sizes)
     if not settings.kv_modulation:
         return ImageSide(vision, None, None, made)
-    if load and not settings.reads_aux_weights:
-        aux_encoder = untrained_encoder(settings.aux_encoder, settings.aux_image_size)
-    else:
-        aux_encoder = build_auxiliary_encoder(
-            settings.aux_encoder, settings.aux_checkpoint, settings.aux_image_size, load=load
-        )
+    aux_encoder = _build_auxiliary(settings, load)
     if num_aux_tokens:
         width = made.hidden_size
         if aux_place == "visual_tokens":
@@ -94,14 +94,34 @@ def build_image_side(
             feature_dim=aux_encoder.feature_dim, output_width=width, num_tokens=num_aux_tokens, place=aux_place
         )
         return ImageSide(vision, aux_encoder, None, made, tokens)
-    kv_prefix = KVPrefixGenerator(
-        feature_dim=aux_encoder.feature_dim,
-        hidden_size=made.hidden_size,
-        num_prefix_tokens=settings.num_prefix_tokens,
-        num_heads=made.num_attention_heads,
-        num_layers=made.num_cross_attention_layers if settings.prefix_sharing == "per_layer" else None,
-    )
+    layers = made.num_cross_attention_layers
+    kv_prefix = None
+    if layers:  # else it is for the gated layers alone
+        kv_prefix = _build_prefix(
+            settings, aux_encoder, layers, hidden_size=made.hidden_size, num_heads=made.num_attention_heads
+        )
     return ImageSide(vision, aux_encoder, kv_prefix, made)
+
+
+def _build_auxiliary(settings: ImageSideSettings, load: bool) -> Auxiliary:
+    size, grid = settings.aux_image_size, settings.grid_side()
+    if load and not settings.reads_aux_weights:
+        return side_by_side([untrained_encoder(name, size, grid) for name, _ in settings.aux_encoders])
+    return side_by_side(
+        [build_auxiliary_encoder(name, file, size, load=load, grid=grid) for name, file in settings.aux_encoders]
+    )
+
+
+def _build_prefix(settings: ImageSideSettings, aux_encoder: Auxiliary, layers: int, **sizes: Any) -> PrefixGenerator:
+    """What writes the prefix for so many cross-attention layers of these sizes."""
+    side = settings.grid_side()
+    return prefix_generator(
+        [encoder.feature_dim for encoder in aux_encoder.members],
+        num_prefix_tokens=settings.num_prefix_tokens if side is None else side * side,
+        num_layers=layers if settings.prefix_sharing == "per_layer" else None,
+        grid=side is not None,
+        **sizes,
+    )
 
 
 def _build_vision(settings: ImageSideSettings, load: bool) -> Vision:
@@ -152,7 +172,7 @@ def opt_arguments(settings: ModelSettings, *, load: bool = True) -> Dict[str, An
         opt_tokenizer=opt_tokenizer,
         aux_tokens=image_side.aux_tokens,
         prefix_dropout=settings.prefix_dropout,
-        gated_layers=_gated_layers(settings, opt_model, image_side.connector.hidden_size),
+        gated_layers=_gated_layers(settings, opt_model, image_side),
         prompt=settings.prompt,
         max_txt_len=settings.max_txt_len,
         answer_loss=settings.answer_loss,
@@ -162,17 +182,23 @@ def opt_arguments(settings: ModelSettings, *, load: bool = True) -> Dict[str, An
     )
 
 
-def _gated_layers(settings: ModelSettings, opt: FrozenOPT, image_width: int) -> Optional[GatedLayers]:
+def _gated_layers(settings: ModelSettings, opt: FrozenOPT, image_side: ImageSide) -> Optional[GatedLayers]:
     every = settings.gated_every
     if settings.fusion == "soft_prompt":
         return None
-    return GatedLayers(
-        width=opt.config.hidden_size,
-        num_layers=opt.config.num_hidden_layers,
-        num_heads=opt.config.num_attention_heads,
+    config, image_width, aux_encoder = opt.config, image_side.connector.hidden_size, image_side.aux_encoder
+    gated = GatedLayers(
+        width=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
         image_width=image_width,
         every=every,
     )
+    if aux_encoder is not None and image_side.aux_tokens is None:
+        sizes = dict(attention_width=config.hidden_size, num_heads=config.num_attention_heads)
+        generator = _build_prefix(settings, aux_encoder, len(gated.places), hidden_size=image_width, **sizes)
+        gated.add_prefix(generator, settings.prefix_gate)
+    return gated
 
 
 def stage_1_arguments(settings: Stage1Settings, *, load: bool = True) -> Dict[str, Any]:

@@ -81,6 +81,7 @@ def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -
         )
         groups += _CONNECTOR
         state = {key: value for key, value in state.items() if not key.startswith((*_CONNECTOR, "kv_"))}
+    _require_same_prefix(state, model.state_dict(), source)
     if getattr(model, "gated_layers", None) is not None:  # a soft prompt's projection has no place
         state = {key: value for key, value in state.items() if not key.startswith("opt_proj.")}
     absent = tuple(g for g in groups if not any(key.startswith(g) for key in state))
@@ -102,6 +103,26 @@ def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -
     )
     logging.info("loaded checkpoint %s%s", source, f" ({of})" if of else "")
     return report
+
+
+def _require_same_prefix(given: StateDict, own: StateDict, source: Union[str, Path]) -> None:
+    """Told by its name, since the keys alone do not say what to change."""
+    of_file, of_model = _kind_of_prefix(given), _kind_of_prefix(own)
+    if of_file and of_model and of_file != of_model:
+        raise files.CheckpointError(
+            f"{source}: its prefix is of {of_file}, the model's of {of_model}; set model.prefix_source and "
+            "model.aux_encoder to what they were in its training"
+        )
+
+
+def _kind_of_prefix(state: StateDict) -> str:
+    """``prefix_source: grid, 2 auxiliary encoders``; empty without a prefix."""
+    learned = [key for key in state if re.search(r"(^|\.)kv_prefix\..*(prefix_tokens|position_embeddings)$", key)]
+    if not learned:
+        return ""
+    count = len([key for key in learned if key.partition("kv_prefix")[0] == learned[0].partition("kv_prefix")[0]])
+    source = "pooled" if learned[0].endswith("prefix_tokens") else "grid"
+    return f"prefix_source: {source}, {count} auxiliary encoder" + ("s" if count > 1 else "")
 
 
 def stage_problem(path: Path) -> Optional[str]:

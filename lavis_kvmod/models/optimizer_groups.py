@@ -8,7 +8,12 @@ from torch import nn
 # A ViT's block number in a parameter's name: EVA's and the demo's, CLIP's.
 _VIT_BLOCK = re.compile(r"visual_encoder\.(?:blocks|transformer\.resblocks)\.(\d+)\.")
 # Norms by the names they have in LAVIS's ViTs, its Q-Former and OPT; the prefix's tokens and gates.
-_NO_DECAY = re.compile(r"(^|[._])(ln|bn|norm\d*|layernorm)([._]|$)|prefix_tokens$|^kv_gate$", re.IGNORECASE)
+_NO_DECAY = re.compile(
+    r"(^|[._])(ln|bn|norm\d*|layernorm)([._]|$)|kv_prefix\..*(prefix_tokens|position_embeddings)$|(^|\.)kv_gate$",
+    re.IGNORECASE,
+)
+# The prefix's own parts, in front of a connector's Keys and of the gated layers'.
+_PREFIX = ("kv_prefix.", "kv_gate", "gated_layers.kv_prefix.", "gated_layers.kv_gate")
 
 
 def optimizer_groups(
@@ -27,7 +32,7 @@ def optimizer_groups(
     groups: Dict[str, Dict[str, Any]] = {}
     for name, parameter in trained:
         part, scale = "trained", 1.0
-        if name.startswith(("kv_prefix.", "kv_gate")):
+        if name.startswith(_PREFIX):
             part, scale = "kv_prefix", kv_lr_scale
         elif name.startswith("visual_encoder."):
             layer = _vit_layer(name, depth)

@@ -1,6 +1,6 @@
 """Every key of the ``model:`` section: its default, its meaning, its check. Each default stands here and only here."""
 
-from typing import Any, ClassVar, Dict, List, Literal, Mapping, Optional, Sequence, Type, TypeVar, cast
+from typing import Any, ClassVar, Dict, List, Literal, Mapping, Optional, Sequence, Tuple, Type, TypeVar, Union, cast
 
 from lavis_kvmod.models.connectors import CONNECTORS
 from lavis_kvmod.models.connectors.aux_tokens import Place
@@ -8,7 +8,7 @@ from lavis_kvmod.models.connectors.registry import ConnectorKind
 from lavis_kvmod.models.language.bert import BERT_POSITIONS, bert_files
 from lavis_kvmod.models.language.opt import language_model_weights
 from lavis_kvmod.models.language.text import check_prompt
-from lavis_kvmod.models.vision.auxiliary import AUXILIARY_ENCODERS, auxiliary_weights
+from lavis_kvmod.models.vision.auxiliary import AUXILIARY_ENCODERS, auxiliary_weights, map_side
 from lavis_kvmod.models.vision.encoders import VISION_ENCODERS, known_num_tokens, vision_weights
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB
 from lavis_kvmod.system.schema import Settings, SettingsError, key
@@ -74,11 +74,23 @@ class ImageSideSettings(Blip2Settings):
     prefix_sharing: Literal["shared", "per_layer"] = key(
         "shared", "`shared`: one prefix for all cross-attention layers; `per_layer`: one each"
     )
-    aux_encoder: str = key(
-        "efficientnet-b3", "`efficientnet-b0` … `b7`, `efficientnet-lite0`, `timm:NAME`: what the prefix is made from"
+    aux_encoder: Union[str, List[str]] = key(
+        "efficientnet-b3",
+        "`efficientnet-b0` … `b7`, `efficientnet-lite0`, `timm:NAME`: what the prefix is made from; of a list of "
+        "them each writes its own, in this order",
     )
-    aux_checkpoint: Optional[str] = key(None, "path or URL of the encoder's weights; its ImageNet weights by default")
+    aux_checkpoint: Union[None, str, List[Optional[str]]] = key(
+        None, "path or URL of the encoder's weights, or a list of them; its ImageNet weights by default"
+    )
     aux_image_size: Optional[int] = key(None, "side in pixels it sees (bilinear); as given by default", gt=0)
+    prefix_source: Literal["pooled", "grid"] = key(
+        "pooled",
+        "what the prefix is made from: `pooled`, one vector an image; `grid`, the encoder's last map, a prefix token a "
+        "cell with a position embedding",
+    )
+    prefix_grid: Optional[int] = key(
+        None, "with `grid`, pool the map to so many rows and columns; as it is by default", gt=0
+    )
     prefix_control: Literal["none", "constant", "shuffled", "untrained", "vit"] = key(
         "none",
         "for experiments, what the prefix is made from instead: `constant` (a learned constant prefix), `shuffled` "
@@ -117,8 +129,7 @@ class ImageSideSettings(Blip2Settings):
         found = super().conflicts()
         if self.vit_model not in VISION_ENCODERS:
             found.append(VISION_ENCODERS.unknown(self.vit_model))
-        if self.aux_encoder not in AUXILIARY_ENCODERS:
-            found.append(AUXILIARY_ENCODERS.unknown(self.aux_encoder))
+        found += self._auxiliary_conflicts()
         if self.load_finetuned and not self.finetuned:
             found.append("finetuned: load_finetuned is true, so a checkpoint is needed here; got none")
         if self.prefix_control != "none" and not self.kv_modulation:
@@ -128,6 +139,59 @@ class ImageSideSettings(Blip2Settings):
         if self.feature_cache_dir and not self.freeze_vit:
             found.append("feature_cache_dir: needs freeze_vit: true, a trained ViT's features change")
         return found
+
+    def _auxiliary_conflicts(self) -> List[str]:
+        names, files = self._aux_names, self.aux_checkpoint
+        unknown = [AUXILIARY_ENCODERS.unknown(name) for name in names if name not in AUXILIARY_ENCODERS]
+        if not names or unknown:
+            return unknown or ["aux_encoder: expected a name, or a list of names, got an empty list"]
+        if files is not None and len(names) != len([files] if isinstance(files, str) else files):
+            return [
+                f"aux_checkpoint: expected a list of {len(names)}, one for each aux_encoder, with null for published "
+                f"weights; got {files!r}"
+            ]
+        if self.prefix_source == "pooled":
+            return self._of_no_use(("prefix_grid",), "read with prefix_source: grid alone")
+        found = self._of_no_use(("num_prefix_tokens",), "of prefix_source: pooled; a grid has a prefix token a cell")
+        size = self.aux_image_size or self.image_size
+        for name, side in ((name, map_side(name, size)) for name in names):
+            if side is None:
+                found.append(f"prefix_source: {name} has no last map to make a grid of; set pooled")
+            elif (self.prefix_grid or 0) > side:
+                found.append(
+                    f"prefix_grid: expected at most {side}, the rows of {name}'s last map at {size} px, got "
+                    f"{self.prefix_grid}; a larger aux_image_size gives a larger map"
+                )
+        return found
+
+    def _of_no_use(self, names: Sequence[str], why: str) -> List[str]:
+        """Keys that say something, and are not read."""
+        return [
+            f"{name}: {why}; expected {self.default_of(name)}, the default, got {getattr(self, name)}"
+            for name in names
+            if getattr(self, name) != self.default_of(name)
+        ]
+
+    @property
+    def _aux_names(self) -> List[str]:
+        return [self.aux_encoder] if isinstance(self.aux_encoder, str) else self.aux_encoder
+
+    @property
+    def aux_encoders(self) -> List[Tuple[str, Optional[str]]]:
+        """The auxiliary encoders in their order, each with its ``aux_checkpoint``."""
+        names, files = self._aux_names, self.aux_checkpoint
+        return list(zip(names, files if isinstance(files, list) else [files] * len(names)))
+
+    def grid_side(self) -> Optional[int]:
+        """Rows and columns of the grid that the prefix is made from; None where the features are pooled.
+
+        Raises:
+            ImportError: if an encoder's package is missing.
+        """
+        if self.prefix_grid is not None or self.prefix_source == "pooled":
+            return self.prefix_grid
+        size = self.aux_image_size or self.image_size
+        return min(map_side(name, size) or 1 for name in self._aux_names)
 
     def checkpoint(self) -> Optional[WeightFile]:
         """The BLIP-2 (or our own) checkpoint to load, if one is asked for."""
@@ -155,7 +219,7 @@ class ImageSideSettings(Blip2Settings):
         files = [
             vision_weights(self.vit_model, self.vit_checkpoint),
             self.language_files(),
-            auxiliary_weights(self.aux_encoder, self.aux_checkpoint) if self.reads_aux_weights else None,
+            *(auxiliary_weights(*each) for each in self.aux_encoders if self.reads_aux_weights),
             self.checkpoint(),
             self.below_finetuned(),
         ]
@@ -182,8 +246,8 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
     connector_geometry: Dict[str, Any] = key({}, "sizes of a connector that is not the Q-Former", expected=_GEOMETRY)
     aux_fusion: Optional[Literal["prefix", "tokens", "visual_tokens", "queries"]] = key(
         None,
-        "how the second encoder comes in: `prefix`, in the connector's cross-attention, the default where it has one; "
-        "`tokens`, in front of the soft prompt, the default for `linear`, `mlp` and `c_abstractor`; to compare with: "
+        "how the second encoder comes in: `prefix`, in all cross-attention to the image (the connector's, the gated "
+        "layers'), the default where there is any; `tokens`, in front of the soft prompt, else; to compare with: "
         "`visual_tokens`, in front of those, and `queries`, added to the query tokens",
     )
     fusion: Literal["soft_prompt", "gated_cross_attention"] = key(
@@ -240,7 +304,12 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
 
     @property
     def _fusion(self) -> str:
-        return self.aux_fusion or ("prefix" if self.connector_kind.attends else "tokens")
+        return self.aux_fusion or ("prefix" if self._takes_prefix else "tokens")
+
+    @property
+    def _takes_prefix(self) -> bool:
+        """Whether anything attends to the image, so that a prefix can stand in front of it."""
+        return self.connector_kind.attends or self.fusion == "gated_cross_attention"
 
     def num_soft_prompt(self) -> Optional[int]:
         """How many vectors stand before the text; None where the image encoder does not say."""
@@ -258,7 +327,8 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
         found = self.connector_kind.geometry_problems(self.connector, self.connector_geometry)
         if self.fusion == "soft_prompt":
             found += self._of_no_use(("gated_every",), "read with fusion: gated_cross_attention alone")
-        if self._fusion != "tokens" and not self.connector_kind.attends:
+        takes = {"tokens": True, "prefix": self._takes_prefix}.get(self._fusion, self.connector_kind.attends)
+        if not takes:
             return [
                 *found,
                 f"aux_fusion: connector {self.connector} has no cross-attention that {self._fusion} could enter; "
@@ -271,20 +341,12 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
             )
         if self.aux_tokens:
             found += self._of_no_use(
-                ("num_prefix_tokens", "prefix_gate", "prefix_sharing", "prefix_dropout"),
+                ("num_prefix_tokens", "prefix_gate", "prefix_sharing", "prefix_dropout", "prefix_source"),
                 f"of a prefix, and connector {self.connector} takes the second encoder's features as tokens",
             )
         else:
             found += self._of_no_use(("num_aux_tokens",), "of tokens, and the features come as a prefix")
         return found
-
-    def _of_no_use(self, names: Sequence[str], why: str) -> List[str]:
-        """Keys that say something, and are not read."""
-        return [
-            f"{name}: {why}; expected {self.default_of(name)}, the default, got {getattr(self, name)}"
-            for name in names
-            if getattr(self, name) != self.default_of(name)
-        ]
 
     def language_files(self) -> WeightFile:
         """The frozen language model's folder."""

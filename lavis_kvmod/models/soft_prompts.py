@@ -3,10 +3,10 @@
 from contextlib import nullcontext
 from typing import Any, ContextManager, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lavis_kvmod.models.base import KVModBase
-from lavis_kvmod.models.connectors.aux_tokens import AuxTokens
+from lavis_kvmod.models.connectors.aux_tokens import AuxTokens, joined
 from lavis_kvmod.models.connectors.qformer import QFormerOutput
 from lavis_kvmod.models.language.answers import mean_loss
 from lavis_kvmod.models.language.decoding import Search
@@ -21,7 +21,7 @@ __all__ = ["Encoded", "SoftPromptModel"]
 
 class Encoded(NamedTuple):
     """A batch of images on its way: the Q-Former's output, and the soft prompt (b, q, opt width); with gated layers, in
-    its place, what those attend to (b, q, hidden)."""
+    its place, what those attend to (b, p + q, hidden), prefix and all."""
 
     query_output: QFormerOutput
     soft_prompt: Tensor
@@ -36,6 +36,7 @@ class SoftPromptModel(KVModBase):
     eos_token_id: int
     prompt: str
     max_txt_len: int
+    opt_proj: Optional[nn.Linear]
     aux_tokens: Optional[AuxTokens]
     gated_layers: Optional[GatedLayers]
 
@@ -65,6 +66,14 @@ class SoftPromptModel(KVModBase):
         if self.gated_layers is not None:
             return 0
         return self.num_outputs + (0 if self.aux_tokens is None else self.aux_tokens.in_front_of("tokens"))
+
+    def _for_language_model(self, of_image: Tensor, pooled: Optional[Tensor], dropped: Optional[Tensor]) -> Tensor:
+        """The connector's output (b, q, hidden) as what `Encoded.soft_prompt` is, with what the second encoder adds."""
+        if self.opt_proj is not None:
+            of_image = self.opt_proj(of_image)
+        if self.gated_layers is not None:
+            of_image = self.gated_layers.beside_prefix(of_image, pooled, dropped)
+        return joined("tokens", of_image, self.aux_tokens, pooled)
 
     def into_language_model(self, of_image: Tensor) -> Tuple[Tensor, ContextManager[None]]:
         """What `encode` has for an image, as soft prompt (b, q, opt width), and a context in which OPT sees what is not

@@ -173,6 +173,30 @@ def test_a_sharded_language_model_takes_its_share_and_two_whole_layers(model_con
     assert half.activations == whole.activations
 
 
+SMALL = dict(connector_geometry=dict(depth=2, num_heads=4))
+GRID = dict(prefix_source="grid", aux_encoder=["efficientnet-b0"] * 2, aux_checkpoint=None, prefix_gate="tanh")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(connector="linear", fusion="gated_cross_attention", gated_every=1),
+        pytest.param(dict(connector="perceiver", **SMALL), marks=pytest.mark.slow),
+        pytest.param(dict(connector="mlp"), marks=pytest.mark.slow),
+        pytest.param(dict(connector="visual_abstractor", **SMALL), marks=pytest.mark.slow),
+        pytest.param(dict(connector="c_abstractor", connector_geometry=dict(hidden_size=16)), marks=pytest.mark.slow),
+        pytest.param(GRID, marks=pytest.mark.slow),
+    ],
+)
+def test_every_member_can_be_computed(model_config, keys):
+    config = model_config(**keys)
+    trained = sum(row.bytes for row in Blip2OPTKVMod.without_weights(config).parts() if row.trained)
+    step = estimate(config, batch_size=2, text_length=9, device="cpu")
+    assert step.gradients == trained and step.activations["opt_model"] > 0
+    told = estimate(config, batch_size=2, text_length=9, num_beams=2, train=False)
+    assert told.total > sum(told.weights.values()) > trained > 0 and told.kv_cache > 0
+
+
 def test_sizes_that_cannot_be(model_config):
     with pytest.raises(ValueError, match="batch_size: expected a whole number above 0, got 0"):
         estimate(model_config(), batch_size=0, text_length=4)

@@ -26,8 +26,13 @@ GEOMETRY = {
 SMALL = dict(depth=2, num_heads=4)
 
 
+TWO = ["efficientnet-b0", "efficientnet-b0"]
+
+
 def member(vit, gate, sharing, precision, freeze, connector="qformer", **more):
     keys = dict(prefix_gate=gate, prefix_sharing=sharing, freeze_vit=freeze == "frozen", connector=connector, **more)
+    if keys.get("fusion") == "gated_cross_attention":
+        keys.setdefault("gated_every", 1)
     keys.update(vit_model=vit, vit_precision=precision, opt_precision=precision, vit_geometry=GEOMETRY[vit])
     name = "-".join([vit, gate, sharing, precision, freeze, connector, *more])
     return pytest.param(keys, id=name)
@@ -50,6 +55,8 @@ MEMBERS = [
     member("demo", "none", "shared", "fp32", "frozen", aux_fusion="tokens"),
     member("clip_L", "tanh", "shared", "bf16", "frozen", fusion="gated_cross_attention", gated_every=1),
     member("demo", "none", "shared", "fp32", "frozen", "linear", fusion="gated_cross_attention", gated_every=2),
+    member("demo", "none", "per_layer", "fp32", "frozen", prefix_source="grid", prefix_grid=2),
+    member("clip_L", "tanh", "shared", "bf16", "frozen", "linear", fusion="gated_cross_attention", aux_encoder=TWO),
 ]
 
 
@@ -71,9 +78,11 @@ def vit_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="class", params=MEMBERS)
-def family(request, model_config, vit_file):
+def family(request, model_config, vit_file, files):
     """A function that builds the member from a seed, and the one of seed 0."""
     keys = {"pretrained": None, "vit_checkpoint": vit_file(request.param["vit_model"]), **request.param}
+    if keys.get("aux_encoder") == TWO:
+        keys["aux_checkpoint"] = [str(files.b0)] * 2
 
     def make(seed):
         torch.manual_seed(seed)
@@ -85,6 +94,8 @@ def family(request, model_config, vit_file):
             for layer in model.gated_layers.layers:
                 torch.nn.init.constant_(layer.attention_gate, 0.3)
                 torch.nn.init.constant_(layer.feed_forward_gate, -0.3)
+            if model.gated_layers.kv_gate is not None:
+                torch.nn.init.constant_(model.gated_layers.kv_gate, 0.3)
         return model.eval()
 
     return SimpleNamespace(make=make, model=make(0))
@@ -157,6 +168,7 @@ class TestMember:
             assert features.image_embeds_proj.shape == (2, model.num_soft_prompt, 32)
         else:
             assert features.image_embeds_proj is None and model.num_soft_prompt == 0
+            assert model.gated_layers.kv_prefix is not None
         share = family.model.prefix_attention_share({"image": images(2)})
         assert share is None if family.model.kv_prefix is None else 0 < share < 1
 

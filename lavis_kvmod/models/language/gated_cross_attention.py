@@ -2,19 +2,22 @@
 
     text ─► layer 1 … k-1 ─► gated layer ─► layer k … ─► …       every k-th; OPT's own stay frozen
                                   ▲
-                  Keys, Values:  what the connector made of the image
+          Keys, Values:  [ prefix | what the connector made of the image ]
 
     gated layer    x ─► + tanh(a) · attention(norm(x), image) ─► + tanh(b) · feed-forward ─►
 
-Both gates are 0 at the start: the language model is then exactly what it was. No positions are taken by the image.
+Both gates are 0 at the start: the language model is then exactly what it was. No positions are taken by the image. The
+prefix is written for these layers by a generator of their own; its tokens travel in front of the image's, (b, p + q,
+image width), and are all 0 where a sample goes without.
 """
 
 from contextlib import contextmanager
-from typing import Any, Iterator, Tuple
+from typing import Any, Iterator, List, Optional, Tuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from lavis_kvmod.models.connectors.kv_prefix import KVPrefix, PrefixGenerator, for_each_layer
 from lavis_kvmod.models.connectors.perceiver import feed_forward
 from lavis_kvmod.models.connectors.qformer import MultiHeadAttention
 
@@ -33,11 +36,12 @@ class GatedLayer(nn.Module):
         self.feed_forward = feed_forward(width, ratio=4)
         self.feed_forward_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, states: Tensor, image: Tensor) -> Tensor:
-        """States (b * copies, t, width), image (b, q, image width) -> states, in their own precision."""
+    def forward(self, states: Tensor, image: Tensor, prefix: Optional[KVPrefix] = None) -> Tensor:
+        """States (b * copies, t, width), image (b, q, image width) and its prefix -> states, in their own precision."""
         x = states.to(self.norm.weight.dtype)  # the language model's half precision is too coarse to train in
-        image = image.to(x.dtype).repeat_interleave(len(states) // len(image), dim=0)
-        attended, _, _ = self.attention(self.norm(x), image)
+        copies = len(states) // len(image)
+        image = image.to(x.dtype).repeat_interleave(copies, dim=0)
+        attended, _, _ = self.attention(self.norm(x), image, prefix=_copied(prefix, copies))
         x = x + self.attention_gate.tanh() * self.out_proj(attended)
         x = x + self.feed_forward_gate.tanh() * self.feed_forward(x)
         return x.to(states.dtype)
@@ -51,6 +55,8 @@ class GatedLayers(nn.Module):
         image_width: of what the connector gives.
         every: k; the first one stands in front of the k-th layer.
 
+    Without `add_prefix` they attend to the image alone.
+
     Raises:
         ValueError: if the language model has not so many layers.
     """
@@ -63,16 +69,54 @@ class GatedLayers(nn.Module):
         self.layers = nn.ModuleList(
             GatedLayer(width=width, image_width=image_width, num_heads=num_heads) for _ in self.places
         )
+        self._heads = num_heads
+        self.kv_prefix: Optional[PrefixGenerator] = None
+        self.kv_gate: Optional[nn.Parameter] = None
+
+    def add_prefix(self, generator: PrefixGenerator, prefix_gate: str = "none") -> None:
+        """Put a prefix of the image width in front of the image, beside it or (``tanh``) behind a gate."""
+        self.kv_prefix = generator
+        if prefix_gate == "tanh":
+            self.kv_gate = nn.Parameter(torch.zeros(len(self.places), self._heads))
+
+    def beside_prefix(self, image: Tensor, features: Optional[Tensor], dropped: Optional[Tensor] = None) -> Tensor:
+        """Image (b, q, image width) -> [prefix tokens | image], (b, p + q, image width), as `within` takes it.
+
+        Args:
+            features: of the auxiliary encoder; None gives no sample a prefix.
+            dropped: (b,), the samples that go without theirs.
+        """
+        if self.kv_prefix is None:
+            return image
+        if features is None:
+            tokens = image.new_zeros(len(image), self.kv_prefix.num_positions, image.shape[-1])
+        else:
+            tokens = self.kv_prefix.tokens(features).to(image.dtype)
+        if dropped is not None:
+            tokens = tokens * ~dropped.view(-1, 1, 1)
+        return torch.cat([tokens, image], dim=1)
+
+    def _split(self, seen: Tensor) -> Tuple[Tensor, List[Optional[KVPrefix]]]:
+        """What `beside_prefix` gives -> the image, and each layer's prefix."""
+        if self.kv_prefix is None:
+            return seen, [None] * len(self.layers)
+        positions = self.kv_prefix.num_positions
+        tokens, image = seen[:, :positions], seen[:, positions:]
+        key_value = self.kv_prefix.project(tokens, own_softmax=self.kv_gate is not None)
+        absent = (tokens == 0).flatten(1).all(1)
+        return image, [*for_each_layer(key_value, len(self.layers), self.kv_gate, absent)]
 
     @contextmanager
     def within(self, opt: Any, image: Tensor) -> Iterator[None]:
-        """The language model ``opt`` sees ``image`` (b, q, image width) inside; outside nothing of it is left on it.
+        """Inside, the language model ``opt`` sees ``image`` (b, q, image width), its prefix in front; outside nothing
+        of it is left on it.
 
         Rows of ``opt`` are those of ``image``, or several copies of each, side by side.
         """
+        image, prefixes = self._split(image)
         handles = [
-            opt.model.decoder.layers[place].register_forward_pre_hook(_before(layer, image))
-            for place, layer in zip(self.places, self.layers)
+            opt.model.decoder.layers[place].register_forward_pre_hook(_before(layer, image, prefix))
+            for place, layer, prefix in zip(self.places, self.layers, prefixes)
         ]
         try:
             yield
@@ -81,8 +125,17 @@ class GatedLayers(nn.Module):
                 handle.remove()
 
 
-def _before(layer: nn.Module, image: Tensor) -> Any:
+def _copied(prefix: Optional[KVPrefix], copies: int) -> Optional[KVPrefix]:
+    """Several copies of each sample's, side by side."""
+    if prefix is None or copies == 1:
+        return prefix
+    of_samples = (prefix.key, prefix.value, prefix.dropped)
+    key, value, dropped = (None if part is None else part.repeat_interleave(copies, dim=0) for part in of_samples)
+    return KVPrefix(cast(Tensor, key), cast(Tensor, value), prefix.gate, dropped)
+
+
+def _before(layer: nn.Module, image: Tensor, prefix: Optional[KVPrefix]) -> Any:
     def hook(module: nn.Module, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
-        return (layer(args[0], image), *args[1:])
+        return (layer(args[0], image, prefix), *args[1:])
 
     return hook

@@ -17,7 +17,8 @@ DEFAULT_GIB = 4.0
 
 
 class FrozenFeatures(NamedTuple):
-    """What the two frozen encoders make of a batch: visual tokens (b, n, width), pooled features (b, f) or None."""
+    """What the two frozen encoders make of a batch: visual tokens (b, n, width), and pooled features (b, f), those of a
+    grid (b, p, f), or None."""
 
     visual_tokens: Tensor
     pooled: Optional[Tensor]

@@ -32,16 +32,17 @@ class FeatureFilesError(CheckpointError):
     """Features on disk that are not this model's, or damaged; the message says which and what to do."""
 
 
-def fingerprint(image_size: int, aux_image_size: Optional[int], **encoders: Optional[nn.Module]) -> Dict[str, str]:
+def fingerprint(image_size: int, aux_form: Optional[str], **encoders: Optional[nn.Module]) -> Dict[str, str]:
     """What features depend on beside the pixels: for each encoder a sum over its weights and the size it sees.
 
-    ``encoders`` are ``visual_encoder``, ``ln_vision`` and ``aux_encoder``, which may be None.
+    ``aux_form`` says it of the auxiliary encoder, with the form of its features. ``encoders`` are
+    ``visual_encoder``, ``ln_vision`` and ``aux_encoder``, which may be None.
     """
     sums = {}
     for name, encoder in encoders.items():
         if encoder is None:
             continue
-        digest = hashlib.sha256(f"{image_size} {aux_image_size if name == 'aux_encoder' else ''}".encode())
+        digest = hashlib.sha256(f"{image_size} {aux_form if name == 'aux_encoder' else ''}".encode())
         for key, value in sorted(encoder.state_dict().items()):
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(_bytes(value))
@@ -107,8 +108,9 @@ def _require_same(folder: Path, about: Mapping[str, str], own: Mapping[str, str]
     other = [name for name, digest in own.items() if about.get(name) != digest]
     if other:
         raise FeatureFilesError(
-            f"{folder}: these features are of other encoders than the model's ({', '.join(other)}: other weights or "
-            "another image size); name another model.feature_cache_dir, and write it with lavis-kvmod cache-features"
+            f"{folder}: these features are of other encoders than the model's ({', '.join(other)}: other weights, or "
+            "another image size, prefix_source or prefix_grid); name another model.feature_cache_dir, and write it "
+            "with lavis-kvmod cache-features"
         )
 
 

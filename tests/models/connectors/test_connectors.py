@@ -220,6 +220,51 @@ def test_features_may_join_what_the_q_former_reads(build, images, place, count):
     assert not torch.allclose(without, expected, **CLOSE)
 
 
+def test_a_prefix_from_the_encoders_last_map(build, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("lavis_kvmod.models.vision.auxiliary.encoder.Folded.__call__", lambda self, network: network)
+    model, pooled = build(prefix_source="grid").eval(), build().eval()
+    encoder, batch = model.aux_encoder, {"image": images(2)}
+    resized = F.interpolate(encoder.renormalise(batch["image"]), size=(64, 64), mode="bilinear", align_corners=False)
+    last = encoder.backbone.extract_features(resized)  # (b, 1280, 2, 2)
+    features = model.frozen_features(batch).pooled
+    assert features.shape == (2, 4, 1280) and torch.equal(features[:, 2], last[:, :, 1, 0])
+    assert torch.allclose(features.mean(1), pooled.frozen_features(batch).pooled, atol=1e-5)
+    assert model.attention_maps(batch).num_prefix == model.kv_prefix.num_positions == 4
+    assert 0 < model.prefix_attention_share(batch) < 1
+    coarse = build(prefix_source="grid", prefix_grid=1)
+    assert torch.allclose(coarse.frozen_features(batch).pooled, features.mean(1, keepdim=True), atol=1e-5)
+    # Remembered features are of one form.
+    forms = [one.fingerprint() for one in (model, coarse, pooled)]
+    assert len({form["aux_encoder"] for form in forms}) == 3 and len({form["visual_encoder"] for form in forms}) == 1
+    # A checkpoint of one is none of the other, whatever the number of tokens.
+    for own, other in ((model, build(num_prefix_tokens=4)), (build(num_prefix_tokens=4), model)):
+        checkpoints.save({"model": checkpoints.trained_state_dict(own)}, tmp_path / "own.pth")
+        with pytest.raises(
+            CheckpointError, match=r"own.pth: its prefix is of prefix_source: (grid|pooled), 1 auxiliary"
+        ):
+            other.load_checkpoint(str(tmp_path / "own.pth"))
+
+
+def test_several_auxiliary_encoders_stand_side_by_side(build, files, images, tmp_path):
+    two = dict(aux_encoder=["efficientnet-b0", "timm:resnet18"], num_prefix_tokens=3)
+    import timm
+
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet.pth")
+    weights = [str(files.b0), str(tmp_path / "resnet.pth")]
+    model = build(**two, aux_checkpoint=weights).eval()
+    first, batch = build(num_prefix_tokens=3).eval(), {"image": images(2)}
+    pooled = model.frozen_features(batch).pooled
+    assert pooled.shape == (2, 1280 + 512) and torch.equal(pooled[:, :1280], first.frozen_features(batch).pooled)
+    assert model.prefixes(pooled)[0].key.shape[2] == model.attention_maps(batch).num_prefix == 6
+    assert "kv_prefix.of.1.k_proj.weight" in model.state_dict() and "kv_prefix.k_proj.weight" in first.state_dict()
+    assert "aux_encoder.backbone._conv_stem.weight" in first.state_dict()
+    checkpoints.save({"model": checkpoints.trained_state_dict(model)}, tmp_path / "two.pth")
+    with pytest.raises(CheckpointError, match="prefix_source: pooled, 2 auxiliary encoders, the model's of .* 1 aux"):
+        first.load_checkpoint(str(tmp_path / "two.pth"))
+    grid = build(**{**two, "num_prefix_tokens": 8}, aux_checkpoint=weights, prefix_source="grid")
+    assert grid.frozen_features(batch).pooled.shape == (2, 4, 1280 + 512) and grid.kv_prefix.num_positions == 8
+
+
 # As docs/connectors.md has them: connector, its query tokens and the projection behind it, without a second encoder.
 FULL_SIZE = {
     "qformer": 107_130_880,
@@ -275,6 +320,23 @@ def test_sizes_of_the_published_models():
         (dict(prefix_dropout=1.0), "prefix_dropout: expected a number from 0, below 1, got 1.0|below 1; got 1.0"),
         (dict(gated_every=2), "gated_every: read with fusion: gated_cross_attention alone"),
         (dict(num_aux_tokens=2), "num_aux_tokens: of tokens, .*as a prefix; expected 1, .*got 2"),
+        (dict(prefix_grid=2), "prefix_grid: read with prefix_source: grid alone; expected None, the default, got 2"),
+        (
+            dict(prefix_source="grid", prefix_grid=3),
+            "prefix_grid: expected at most 2, the rows of efficientnet-b0's last map at 64 px, got 3; a larger",
+        ),
+        (dict(prefix_source="grid", num_prefix_tokens=4), "num_prefix_tokens: of prefix_source: pooled; .*got 4"),
+        (dict(prefix_source="grid", connector="linear"), "prefix_source: of a prefix, and connector linear .*got grid"),
+        (
+            dict(
+                prefix_source="grid", aux_encoder="timm:vit_tiny_patch16_224", aux_checkpoint=None, aux_image_size=224
+            ),
+            "prefix_source: timm:vit_tiny_patch16_224 has no last map to make a grid of; set pooled",
+        ),
+        (dict(aux_encoder=[]), "aux_encoder: expected a name, or a list of names"),
+        (dict(aux_encoder=["efficientnet-b0", "b1"], aux_checkpoint=None), "aux_encoder: expected one of .*got 'b1'"),
+        (dict(aux_encoder=["efficientnet-b0"] * 2), "aux_checkpoint: expected a list of 2, one for each aux_encoder"),
+        (dict(aux_encoder=3), "aux_encoder: expected text or a list of text, got 3"),
     ],
 )
 def test_settings_of_another_connector_are_told(model_config, keys, told):

@@ -3,7 +3,7 @@ import torch
 
 from lavis_kvmod import KVPrefixGenerator
 from lavis_kvmod.models.connectors.attention import attend_with
-from lavis_kvmod.models.connectors.kv_prefix import KVPrefix
+from lavis_kvmod.models.connectors.kv_prefix import KVPrefix, prefix_generator
 
 
 def test_shapes_at_published_geometry():
@@ -78,6 +78,36 @@ def test_a_sample_whose_prefix_is_dropped_attends_as_without_one(gate, masked, m
     if maps:
         assert not told.probs[dropped][..., :6].any()
         assert torch.allclose(told.probs[dropped][..., 6:], without.probs[dropped], atol=1e-6)
+
+
+def test_a_grid_gives_a_token_a_cell_with_its_position():
+    generator = KVPrefixGenerator(6, 8, 4, 2, grid=True)
+    features = torch.randn(3, 4, 6)
+    k, v = generator(features)
+    assert k.shape == v.shape == (3, 2, 4, 4) and not hasattr(generator, "prefix_tokens")
+    for b, cell in ((0, 0), (2, 3)):
+        token = generator.mlp(features[b, cell]) + generator.position_embeddings[cell]
+        assert torch.allclose(k[b, :, cell].flatten(), generator.k_proj(token), atol=1e-6)
+        assert torch.allclose(v[b, :, cell].flatten(), generator.v_proj(token), atol=1e-6)
+    assert generator.num_positions == 4
+    with pytest.raises(ValueError, match=r"expected features of a grid \(b, 4, 6\), got \(3, 6\)"):
+        generator(features[:, 0])
+    with pytest.raises(ValueError, match=r"expected pooled features \(b, 6\), got \(3, 4, 6\)"):
+        KVPrefixGenerator(6, 8, 4, 2)(features)
+
+
+@pytest.mark.parametrize("layers", [None, 3])
+def test_several_encoders_write_a_prefix_each_one_behind_the_other(layers):
+    both = prefix_generator([6, 5], hidden_size=8, num_prefix_tokens=3, num_heads=2, num_layers=layers)
+    first, second = torch.randn(4, 6), torch.randn(4, 5)
+    k, v = both(torch.cat([first, second], dim=1))
+    expected = both.of[0](first), both.of[1](second)
+    for got, side in ((k, 0), (v, 1)):
+        assert torch.allclose(got, torch.cat([one[side] for one in expected], dim=-2), atol=1e-6)
+    assert k.shape[-2:] == (6, 4) and both.num_positions == 6
+    assert isinstance(prefix_generator([6], hidden_size=8, num_heads=2), KVPrefixGenerator)
+    with pytest.raises(ValueError, match=r"expected features \(b, …, 11\) of 2 encoders, got \(4, 6\)"):
+        both(first)
 
 
 def test_prefixes_are_dropped_in_training_alone_and_all_parameters_get_gradients(build, vqa_batch, images):

@@ -33,7 +33,7 @@ def losses(model, of_image, seeing=True):
 def test_at_the_start_the_language_model_is_exactly_what_it_was(build, images):
     model = build(**GATED).eval()
     of_image = model.encode({"image": images(2)}).soft_prompt
-    assert model.opt_proj is None and of_image.shape == (2, 5, 32) and model.gated_layers.places == (1,)
+    assert model.opt_proj is None and of_image.shape == (2, 8 + 5, 32) and model.gated_layers.places == (1,)
     assert torch.equal(losses(model, of_image), losses(model, of_image, seeing=False))
     with torch.no_grad():  # as in decoding
         assert torch.equal(losses(model, of_image), losses(model, of_image, seeing=False))
@@ -62,6 +62,53 @@ def test_a_gated_layer_is_flamingos(build, images):
         hidden = (norm(out, before) @ widen.weight.T).clamp(min=0) ** 2
         out = out + torch.tanh(torch.tensor(-0.4)) * hidden @ narrow.weight.T
         assert torch.allclose(layer(x, image)[row], out, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["none", "tanh"])
+def test_the_layers_attend_to_a_prefix_of_their_own_in_front_of_the_image(build, images, gate):
+    model = opened(build(connector="linear", pretrained=None, prefix_gate=gate, num_prefix_tokens=3, **GATED)).eval()
+    gated, layer = model.gated_layers, model.gated_layers.layers[0]
+    if gate == "tanh":
+        torch.nn.init.normal_(gated.kv_gate)
+    assert model.kv_prefix is None and [row.part for row in model.parts() if row.trained] == ["gated_layers"]
+    features = model.frozen_features({"image": images(2)})
+    seen = model.encode({"image": images(2)}).soft_prompt
+    tokens = gated.kv_prefix.prefix_tokens + gated.kv_prefix.mlp(features.pooled)[:, None]
+    assert torch.allclose(seen, torch.cat([tokens, features.visual_tokens], dim=1), atol=1e-6)
+
+    x, own = torch.randn(2, 3, 32), layer.attention
+    image, (prefix,) = gated._split(seen)
+    k = [gated.kv_prefix.k_proj(tokens), own.key(features.visual_tokens)]
+    v = [gated.kv_prefix.v_proj(tokens), own.value(features.visual_tokens)]
+
+    def attended(k, v):
+        q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in (own.query(layer.norm(x)), k, v))
+        return (torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, dim=-1) @ v).transpose(1, 2)
+
+    if gate == "none":
+        out = attended(torch.cat(k, 1), torch.cat(v, 1))
+    else:
+        out = attended(k[1], v[1]) + gated.kv_gate[0].tanh()[:, None] * attended(k[0], v[0])
+    out = x + torch.tanh(torch.tensor(0.7)) * layer.out_proj(out.flatten(2))
+    out = out + torch.tanh(torch.tensor(-0.4)) * layer.feed_forward(out)
+    assert torch.allclose(layer(x, image, prefix), out, atol=1e-5)
+    twice = layer(x.repeat_interleave(2, dim=0), image, prefix)  # two beams of each
+    assert torch.allclose(twice[::2], out, atol=1e-5) and torch.allclose(twice[1::2], out, atol=1e-5)
+
+
+def test_a_prefix_that_is_taken_away_or_dropped_is_not_attended_to(build, images):
+    model = opened(build(prefix_dropout=0.5, **GATED)).eval()
+    stock = opened(build(kv_modulation=False, **GATED)).eval()
+    with torch.no_grad():
+        for name, value in stock.named_parameters():
+            value.copy_(model.get_parameter(name))
+    of_image = model.encode({"image": images(2)}, with_prefix=False).soft_prompt
+    expected = losses(stock, stock.encode({"image": images(2)}).soft_prompt)
+    assert torch.allclose(losses(model, of_image), expected, atol=1e-5)
+    assert not torch.allclose(losses(model, model.encode({"image": images(2)}).soft_prompt), expected, atol=1e-4)
+    features, drop = model.frozen_features({"image": images(2)}).pooled, torch.tensor([True, False])
+    tokens = model.gated_layers.beside_prefix(torch.randn(2, 5, 32), features, drop)[:, :8]
+    assert not tokens[0].any() and tokens[1].any(-1).all()
 
 
 def test_decoding_and_ranking_see_the_image_as_the_loss_does(build, images):

@@ -1,5 +1,6 @@
-"""The second, frozen encoder: pooled features of the same image, from which the KV prefix is written."""
+"""The second, frozen encoder: features of the same image, from which the KV prefix is written; or several of them."""
 
+from functools import lru_cache
 from typing import Optional
 
 import torch
@@ -11,10 +12,13 @@ from lavis_kvmod.models.vision.auxiliary.encoder import (
     BLIP_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Auxiliary,
     AuxiliaryEncoder,
+    AuxiliaryEncoders,
     Backbone,
+    side_by_side,
 )
-from lavis_kvmod.models.vision.auxiliary.registry import AUXILIARY_ENCODERS, register_auxiliary_encoder
+from lavis_kvmod.models.vision.auxiliary.registry import AUXILIARY_ENCODERS, Family, register_auxiliary_encoder
 from lavis_kvmod.weights.finding import WeightFile
 from lavis_kvmod.weights.reading import load_auxiliary_weights
 
@@ -24,13 +28,17 @@ __all__ = [
     "BLIP_STD",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "Auxiliary",
     "AuxiliaryEncoder",
+    "AuxiliaryEncoders",
     "Backbone",
     "auxiliary_weights",
     "build_auxiliary_encoder",
     "efficientnet",
     "efficientnet_lite",
+    "map_side",
     "register_auxiliary_encoder",
+    "side_by_side",
     "timm_family",
     "untrained_encoder",
 ]
@@ -51,15 +59,39 @@ def auxiliary_weights(name: str, checkpoint: Optional[str] = None) -> WeightFile
     )
 
 
+def map_side(name: str, image_size: int) -> Optional[int]:
+    """How many rows the last map of ``aux_encoder: name`` has for an image of this side; None where it has no map.
+
+    Raises:
+        ValueError, ImportError: as `auxiliary_weights`.
+    """
+    return _map_side(AUXILIARY_ENCODERS[name], name, image_size)
+
+
+@lru_cache(maxsize=None)
+def _map_side(family: Family, name: str, image_size: int) -> Optional[int]:
+    """By building the network and asking it with a tensor that has only a shape: paddings differ."""
+    backbone, image = family.build(name), torch.empty(1, 3, image_size, image_size, device="meta")
+    try:
+        last = backbone.map_of(backbone.module.to("meta").eval(), image)
+    except ValueError:
+        return None
+    return min(last.shape[-2:])
+
+
 def build_auxiliary_encoder(
-    name: str, checkpoint: Optional[str] = None, image_size: Optional[int] = None, load: bool = True
+    name: str,
+    checkpoint: Optional[str] = None,
+    image_size: Optional[int] = None,
+    load: bool = True,
+    grid: Optional[int] = None,
 ) -> AuxiliaryEncoder:
     """Build the frozen auxiliary encoder and load its weights.
 
     Args:
         name: ``efficientnet-b0`` … ``-b7``, ``efficientnet-lite0``, ``timm:NAME``, or one that was registered.
         checkpoint: path or URL of weights; None takes the encoder's published weights.
-        image_size: see `AuxiliaryEncoder`.
+        image_size, grid: see `AuxiliaryEncoder`.
         load: False leaves its weights random, and looks for no file.
 
     Raises:
@@ -69,10 +101,10 @@ def build_auxiliary_encoder(
     backbone = AUXILIARY_ENCODERS[name].build(name)
     if load:
         load_auxiliary_weights(backbone.module, auxiliary_weights(name, checkpoint).fetch())
-    return AuxiliaryEncoder(backbone, image_size)
+    return AuxiliaryEncoder(backbone, image_size, grid)
 
 
-def untrained_encoder(name: str, image_size: Optional[int] = None) -> AuxiliaryEncoder:
+def untrained_encoder(name: str, image_size: Optional[int] = None, grid: Optional[int] = None) -> AuxiliaryEncoder:
     """The auxiliary encoder with random weights, always the same ones: what its features are worth without training.
 
     BatchNorm's statistics are taken from noise, since features of random weights fade to nothing without.
@@ -85,4 +117,4 @@ def untrained_encoder(name: str, image_size: Optional[int] = None) -> AuxiliaryE
                 module.momentum = None  # the mean of all that is seen, which is one batch
         with torch.no_grad():
             backbone.module.train()(torch.randn(8, 3, 64, 64))
-    return AuxiliaryEncoder(backbone, image_size)
+    return AuxiliaryEncoder(backbone, image_size, grid)

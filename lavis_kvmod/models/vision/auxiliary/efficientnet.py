@@ -17,4 +17,4 @@ def efficientnet(name: str) -> Backbone:
     from efficientnet_pytorch.utils import round_filters
 
     module = EfficientNet.from_name(name, include_top=False)
-    return Backbone(module, round_filters(1280, module._global_params))
+    return Backbone(module, round_filters(1280, module._global_params), feature_map="extract_features")

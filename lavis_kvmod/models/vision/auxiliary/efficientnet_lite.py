@@ -23,7 +23,7 @@ def efficientnet_lite0(name: str) -> Backbone:
     module = _import("efficientnet_lite_pytorch").EfficientNet.from_name(name)
     feature_dim = module._fc.in_features
     module._fc = nn.Identity()
-    return Backbone(module, feature_dim)
+    return Backbone(module, feature_dim, feature_map="extract_features")
 
 
 def _import(package: str) -> Any:

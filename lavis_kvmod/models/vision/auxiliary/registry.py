@@ -34,7 +34,7 @@ def register_auxiliary_encoder(
         def wikiart_resnet50(name: str) -> Backbone:
             network = torchvision.models.resnet50()
             network.fc = nn.Identity()
-            return Backbone(network, feature_dim=2048)
+            return Backbone(network, feature_dim=2048)  # feature_map: see there
 
     Args:
         names: what ``aux_encoder`` says; several names may share a function. A name that ends in a colon is that of a

@@ -28,4 +28,4 @@ def timm_network(name: str) -> Backbone:
 
     module = timm.create_model(name[len(_PREFIX) :], pretrained=False, num_classes=0)
     cfg = module.default_cfg
-    return Backbone(module, module.num_features, cfg["mean"], cfg["std"])
+    return Backbone(module, module.num_features, cfg["mean"], cfg["std"], feature_map="forward_features")
