@@ -1,4 +1,4 @@
-"""The second, frozen encoder: features of the same image, from which the KV prefix is written; or several of them."""
+"""The second, frozen encoder, or several: features of the same image, from which the KV prefix is written."""
 
 from functools import lru_cache
 from typing import Optional
