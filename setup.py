@@ -87,7 +87,7 @@ setup(
     # writes an import finder that costs milliseconds at every interpreter start.
     package_dir={"": "."},
     packages=find_packages(include=["lavis_kvmod", "lavis_kvmod.*"]),
-    package_data={"lavis_kvmod": ["py.typed", "reports/*.html"]},
+    package_data={"lavis_kvmod": ["py.typed", "reports/*.html", "reports/*.md"]},
     cmdclass={"build_py": BuildWithHookAndConfigs},
     entry_points={"console_scripts": ["lavis-kvmod = lavis_kvmod.commands.cli:main"]},
     install_requires=[

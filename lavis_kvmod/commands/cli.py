@@ -23,6 +23,7 @@ _COMMANDS = {
     "pack": ("lavis_kvmod.commands.pack", "write a run file's data as tar shards (webdataset), or an index for shards"),
     "attend": ("lavis_kvmod.commands.attend", "where the model looks when it answers about an image, as a PNG"),
     "report": ("lavis_kvmod.commands.report", "a run on one page (report.html), or several compared"),
+    "card": ("lavis_kvmod.commands.card", "a model card of a run, as Hugging Face has them"),
     "embed": ("lavis_kvmod.commands.embed", "write features of a split's images and texts, by a stage-1 model"),
     "capfilt": ("lavis_kvmod.commands.capfilt", "keep what fits of noisy texts, and of those a captioner writes"),
     "search": ("lavis_kvmod.commands.search", "find images for a text among such features"),
