@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-gpu style map reference docs bench bench-hf bench-gpu bench-tables clean full-size memory parity
+.PHONY: help demo test test-full test-gpu style map reference docs screenshots bench bench-hf bench-gpu bench-tables clean full-size memory parity
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 20
@@ -52,6 +52,11 @@ reference: $(STAMP) ## write docs/commands.md, docs/api.md and the tables of doc
 docs: $(STAMP) ## build the documentation as a site (site/index.html), without a warning, all links checked
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo site/index.html
+
+# Of the newest `make demo`, in a real Chromium.
+screenshots: $(STAMP) ## make the pictures of docs/app.md anew (after `make demo`; Chromium and its driver)
+	@LAVIS_KVMOD_SCREENSHOTS=$$(ls output/demo/with_prefix/*/checkpoint_best.pth | tail -n 1) \
+	$(BIN)/python -m pytest -m slow tests/commands/test_app.py
 
 # By path: LAVIS's wheel installs a package `benchmarks`, which `python -m` would find instead.
 # Options go in ARGS, for example: make bench ARGS='--rows caption_step --keep'

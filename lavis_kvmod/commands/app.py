@@ -9,7 +9,7 @@ from lavis_kvmod.system.paths import expanded
 
 _PAGE = Path(__file__).parent / "page" / "script.py"
 ADDRESS = "127.0.0.1"
-_MOST_MEGABYTES = 11  # of an upload, in the server; the page says 10
+_MOST_MEGABYTES = 10  # of an upload, as the page says
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -34,7 +34,7 @@ NOT_RUN = {
     r"^(torchrun|srun) .*(nproc_per_node=[48]|ntasks-per-node=8)": "several GPUs or machines",
     r"^torchrun --nproc_per_node=2 .*demo_vqa": "tests/commands/test_demo.py::test_two_processes_train_it",
     r"--device cuda$": "a GPU",
-    r"^lavis-kvmod app": "tests/commands/test_app.py::test_in_chromium",
+    r"^lavis-kvmod app": "tests/commands/test_app.py::test_in_chromium_a_question_is_answered",
     r"^lavis-kvmod ablate": "tests/commands/test_ablate.py::test_a_study_is_trained_gone_on_with_and_told",
     r"^lavis-kvmod convert": "tests/commands/test_convert.py::test_the_documented_commands_work",
     r"^lavis-kvmod pack": "tests/commands/test_pack.py::test_the_pages_run_file_section_builds",

@@ -40,6 +40,12 @@ def test_every_page_is_in_the_sites_navigation():
     assert yaml.safe_load(nav)
 
 
+def test_every_picture_is_shown_and_small():
+    for picture in [*DOCS.glob("*.svg"), *(DOCS / "images").iterdir()]:
+        assert picture.stat().st_size <= 200_000, picture
+        assert any(f"{picture.name})" in text_of(page) for page in PAGES), f"{picture.name} is on no page"
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_commands_and_api_are_current():
     spec = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
