@@ -92,8 +92,9 @@ bench-hf: $(STAMP) $(PARITY_STAMP) ## add Hugging Face's columns to what `make b
 	@$(BIN)/python -W ignore benchmarks/bench_speed.py --hf .venv-parity/bin/python $(ARGS)
 	@$(BIN)/python benchmarks/speed_tables.py
 
-parity: $(STAMP) $(PARITY_STAMP) ## compare logits and tokens with Hugging Face's BLIP-2 (in an environment of its own)
+parity: $(STAMP) $(PARITY_STAMP) ## compare BLIP-2 and connectors with Hugging Face's (in an environment of its own)
 	@$(BIN)/python -W ignore benchmarks/parity_hf.py .venv-parity/bin/python
+	@$(BIN)/python -W ignore benchmarks/parity_connectors.py .venv-parity/bin/python
 
 clean: ## remove what builds and tests leave (.venv* and output/ stay)
 	@rm -rf build dist site *.egg-info .pytest_cache .ruff_cache

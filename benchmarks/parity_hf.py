@@ -89,9 +89,9 @@ def main() -> int:
     return 0 if passed else 1
 
 
-def hf_side(python: str, *arguments) -> None:
+def hf_side(python: str, *arguments, script: Path = HF_SIDE) -> None:
     """Run the other half of this in the environment that has a current transformers."""
-    run([python, HF_SIDE, *arguments], env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    run([python, script, *arguments], env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
 
 
 def convert(*arguments) -> None:

@@ -2,7 +2,7 @@
 
 import html
 import json
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from lavis_kvmod.reports.markdown import escape
 from lavis_kvmod.reports.markdown import table as markdown_table
@@ -67,12 +67,7 @@ def _sections(summary: Summary) -> List[_Section]:
         _Section("Where the arms agree", [_agreement(summary, by_need)]),
         _accuracies("Accuracy by type of question", summary, by_type),
         _use_section(summary, by_need),
-        _Section(
-            "Costs",
-            ["Seconds are a training's with its measurements, on the machine where it ran, beside the others."],
-            ["arm", "", "trained parameters", "seconds"],
-            [[n, a["about"], f"{a['trained_parameters']:,}", f"{a['seconds']:.0f}"] for n, a in arms.items()],
-        ),
+        _costs_section(arms),
     ]
     if summary.get("dose"):
         sections.insert(1, _dose_section(summary))
@@ -150,6 +145,30 @@ def _use_section(summary: Summary, metrics: Sequence[str]) -> _Section:
     return _Section(
         "Is the prefix used?", [sentence] if rows else [], ["arm", "", *map(_name, metrics), "attention"], rows
     )
+
+
+# Of `lavis_kvmod.studies.costs`: head, and from a value to text.
+_COSTS: Dict[str, Tuple[str, Callable[[float], str]]] = {
+    "soft_prompt": ("tokens into the language model", "{:.0f}".format),
+    "step_seconds": ("step, ms", lambda seconds: f"{1e3 * seconds:.0f}"),
+    "answer_seconds": ("an answer, ms", lambda seconds: f"{1e3 * seconds:.2f}"),
+    "peak_memory_gib": ("memory of a step, MiB", lambda gib: f"{1024 * gib:.0f}"),
+}
+
+
+def _costs_section(arms: Mapping[str, Any]) -> _Section:
+    rows = []
+    for name, arm in arms.items():
+        costs = arm.get("costs") or {}
+        told = ["" if costs.get(key) is None else in_words(costs[key]) for key, (_, in_words) in _COSTS.items()]
+        rows.append([name, arm["about"], f"{arm['trained_parameters']:,}", *told, f"{arm['seconds']:.0f}"])
+    sentence = (
+        "A step is the forward and backward pass of a batch, without the encoders where their features are remembered; "
+        "memory is what such a step holds at most, with weights, gradients and AdamW's numbers. Seconds are a "
+        "training's with its measurements. Times are of the machine where it ran, beside the others."
+    )
+    heads = [head for head, _ in _COSTS.values()]
+    return _Section("Costs", [sentence], ["arm", "", "trained parameters", *heads, "seconds"], rows)
 
 
 def _dose_section(summary: Summary) -> _Section:

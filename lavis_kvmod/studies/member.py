@@ -14,6 +14,7 @@ import torch
 from lavis.datasets.data_utils import prepare_sample
 
 from lavis_kvmod.models.language.log_probs import answer_log_probs
+from lavis_kvmod.studies.costs import costs
 from lavis_kvmod.studies.features import share_features
 from lavis_kvmod.studies.study import Member
 from lavis_kvmod.tasks.evaluation import plain_id
@@ -40,9 +41,9 @@ def train_member(
     """Train (or go on with) one arm and one seed, and measure it.
 
     Returns:
-        What is written to ``answers.json``: ``metrics``, ``trained_parameters``, ``seconds``, ``attention_share``, and
-        for each question its ``image``, ``type``, ``needs``, whether it was answered ``right``, the right answer's
-        ``log_prob``; both also ``swapped``, with another image's prefix.
+        What is written to ``answers.json``: ``metrics``, ``trained_parameters``, ``costs``, ``seconds``,
+        ``attention_share``; for each question its ``image``, ``type``, ``needs``, whether it was answered ``right``,
+        the right answer's ``log_prob``; both also ``swapped``, with another image's prefix.
     """
     start = time.monotonic()
     options = [*member.options, f"run.output_dir={member.folder / 'run'}", "run.resume_ckpt_path=auto"]
@@ -63,6 +64,7 @@ def train_member(
     }
     if getattr(model, "aux_encoder", None) is not None:
         _add_swapped(runner, member.split, result["questions"])
+    result["costs"] = costs(runner, member.split)
     result["seconds"] = round(time.monotonic() - start, 1)
     with whole_or_nothing(member.folder / RESULT) as temporary:
         temporary.write_text(json.dumps(result), encoding="utf-8")

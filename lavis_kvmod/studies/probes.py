@@ -2,8 +2,8 @@
 
 A probe is a logistic regression on the standardised features of the training images, asked about those of the split
 that is compared on (G. Alain, Y. Bengio, arXiv 1610.01644). Of the image encoder it reads the mean of the visual
-tokens, of the second encoder the pooled features. What it cannot read may still be there, for something that is not
-linear.
+tokens, of the second encoder the pooled features (of a grid their mean). What it cannot read may still be there, for
+something that is not linear.
 """
 
 import logging
@@ -76,6 +76,6 @@ def _examples(
         own = features.get(row.image)
         part = None if own is None else own.visual_tokens.float().mean(0) if encoder == "vit" else own.pooled
         if part is not None:
-            inputs.append(part.float().numpy())
+            inputs.append(part.float().reshape(-1, part.shape[-1]).mean(0).numpy())
             answers.append(row.answer)
     return np.array(inputs), np.array(answers)

@@ -122,8 +122,18 @@ def _costs(results: Sequence[Result]) -> Dict[str, Any]:
     shares = [result["attention_share"] for result in results if result["attention_share"] is not None]
     return {
         "trained_parameters": results[0]["trained_parameters"],
+        "costs": _median_costs([result["costs"] for result in results if result.get("costs")]),
         "seconds": round(float(np.mean([result["seconds"] for result in results])), 1),
         "attention_share": round(float(np.mean(shares)), 4) if shares else None,
+    }
+
+
+def _median_costs(found: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
+    """By name, the median over seeds, whose times are disturbed by what else runs."""
+    names = list(found[0]) if found else []
+    return {
+        name: None if found[0][name] is None else round(float(np.median([one[name] for one in found])), 6)
+        for name in names
     }
 
 

@@ -109,13 +109,22 @@ def test_a_study_is_trained_gone_on_with_and_told(study_of, tmp_path, monkeypatc
     assert told["seeds"] == [1, 2] and told["images"] == 8
     arms = told["arms"]
     assert arms["A1"]["trained_parameters"] == arms["A5"]["trained_parameters"] > arms["A0"]["trained_parameters"]
+    costs = arms["A5"]["costs"]
+    assert costs["soft_prompt"] == 5 and arms["A0"]["costs"]["peak_memory_gib"] < costs["peak_memory_gib"] < 0.5
+    assert 0 < costs["answer_seconds"] < costs["step_seconds"] < 5
     assert arms["A0"]["use"]["overall"] is None and arms["A5"]["use"]["overall"]["log_prob"]["mean"] != 0
     assert arms["A1"]["use"]["overall"] == {
         "utilisation": arms["A1"]["use"]["overall"]["utilisation"],
         "log_prob": {"mean": 0, "low": 0, "high": 0, "sd": 0},
     }
     page, text = ((tmp_path / "out" / name).read_text() for name in ("report.html", "report.md"))
-    for part in ("needs neither", "What this does not show", "Anything: it is too small.", "commonest answer"):
+    for part in (
+        "needs neither",
+        "tokens into the language model",
+        "What this does not show",
+        "Anything: it is too small.",
+        "commonest answer",
+    ):
         assert part in page and part in text
     assert "<svg" in page and "http" not in page.replace("http://www.w3.org/2000/svg", "")
     assert "| A5 | the prefix |" in text and "Slope" in text
@@ -143,6 +152,7 @@ def test_two_trainings_at_once_give_what_one_after_the_other_does(study_of, tmp_
         found[jobs] = json.loads((tmp_path / f"jobs{jobs}" / "results.json").read_text())
         for arm in found[jobs]["arms"].values():
             arm.pop("seconds")
+            arm["costs"] = {name: arm["costs"][name] for name in ("soft_prompt", "peak_memory_gib")}
     assert found[1] == found[2]
     (told,) = (tmp_path / "jobs2" / "runs").glob("A5-seed1-*/output.txt")
     assert "Training time" in told.read_text()
