@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from lavis.datasets.data_utils import prepare_sample
@@ -76,7 +76,7 @@ def _peak(model: Any, step: Callable[[], None], device: torch.device) -> int:
 def _answer_seconds(runner: Any, split: str) -> Optional[float]:
     model = runner.unwrap_dist_model(runner.model)
     samples = prepare_sample(dict(next(iter(runner.dataloaders[split]))), cuda_enabled=runner.cuda_enabled)
-    answers = []
+    answers: List[Any] = []
 
     def answer() -> None:
         with torch.no_grad(), runner.autocast():
