@@ -112,7 +112,13 @@ def _images(datasets: Dict[str, Any], split: str, num_workers: int) -> Iterator[
                     f"split {split}: its image processor does not give the same pixels every time, so there is nothing "
                     "to keep; set its vis_processor to blip_image_eval"
                 )
-            yield {sample["image_key"]: sample["image"] for sample in samples}
+            yield dict(image for sample in samples for image in _keyed(sample))
+
+
+def _keyed(sample: Dict[str, Any]) -> List[Any]:
+    """A sample's image, or its images, each with its key."""
+    key, image = sample["image_key"], sample["image"]
+    return list(zip(key, image)) if isinstance(key, list) else [(key, image)]
 
 
 def _as_they_are(samples: List[Any]) -> List[Any]:

@@ -12,6 +12,7 @@ from lavis.common.utils import is_url
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_kvmod.config.keys import run_settings, unread_keys
+from lavis_kvmod.datasets.checks import builder_getter
 from lavis_kvmod.models.language.positions import length_problems
 from lavis_kvmod.models.loading import stage_problem
 from lavis_kvmod.models.settings import ARCH, ModelSettings, SettingsError, Stage1Settings, settings_of
@@ -32,6 +33,7 @@ __all__ = [
     "run_problems",
     "tell_unread_keys",
     "too_long_problems",
+    "too_many_images_problems",
 ]
 
 SECTIONS = ("model", "datasets", "run", "env", "preprocess")
@@ -201,6 +203,23 @@ def too_long_problems(cfg: "KVModConfig") -> List[str]:
         max_len=task.max_len,
         prompt=None if isinstance(task, VQASettings) else model.prompt,
     )
+
+
+def too_many_images_problems(cfg: "KVModConfig") -> List[str]:
+    """Rows with more images than the model takes; to be asked when the data have been looked at."""
+    declared = settings_of(cfg.model_cfg)
+    if declared is None:
+        return []
+    takes = getattr(declared.check(cfg.model_cfg)[0], "max_images", 1)
+    get, problems = builder_getter(cfg.run_cfg), []
+    for name in cfg.datasets_cfg:
+        number, source = get(name).most_images() if hasattr(get(name), "most_images") else (1, "")
+        if number > takes:
+            problems.append(
+                f"model.max_images: expected at least {number}, the images that datasets.{name} has in {source}; "
+                f"got {takes}"
+            )
+    return problems
 
 
 def image_size_problems(cfg: "KVModConfig") -> List[str]:

@@ -18,6 +18,7 @@ from lavis_kvmod.config.checking import (
     run_problems,
     tell_unread_keys,
     too_long_problems,
+    too_many_images_problems,
 )
 from lavis_kvmod.config.keys import OUR_RUNNER, run_defaults, run_settings
 from lavis_kvmod.datasets.checks import data_problems, keep_used_splits, kind_problems
@@ -93,6 +94,8 @@ def load_config(
     ranks = cfg.run_cfg.get("inference_method") == "rank" and not cfg.run_cfg.get("answer_list")
     # What is packed may be ranked later.
     problems += keep_used_splits(cfg, ranks or data_only) or data_problems(cfg)
+    if not data_only:
+        problems += too_many_images_problems(cfg)
     if problems:
         raise ConfigurationError(path, problems)
     if not data_only:

@@ -3,7 +3,7 @@
 An annotation is a dict:
 
 =================  =====================================================================================================
-``image``          absolute path of the image file
+``image``          absolute path of the image file; of several images of a row, a tuple of them
 ``image_id``       any number or text; the same for all rows of an image
 ``source``         where it was read, for messages: ``train.csv, row 12``
 ``question``       VQA; with ``question_id`` (any number or text, unique), and maybe ``question_type``, ``answer_type``
@@ -20,7 +20,7 @@ import hashlib
 import logging
 import numbers
 import re
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Hashable, List, Optional, Sequence, Set, Tuple
 
 import torch
 from lavis.datasets.datasets.base_dataset import BaseDataset
@@ -28,6 +28,8 @@ from lavis.datasets.datasets.caption_datasets import CaptionDataset
 from lavis.datasets.datasets.vqa_datasets import VQADataset
 from lavis.processors.blip_processors import BlipImageEvalProcessor
 from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy, some_of
 from lavis_kvmod.datasets.images import BadImageError, read_image
@@ -64,16 +66,19 @@ def answers_and_weights(annotation: Annotation) -> Tuple[List[str], List[float]]
 def collate(samples: Sequence[Sample]) -> Dict[str, Any]:
     """A batch as LAVIS's collaters make it.
 
-    ``image`` (b, 3, H, W); ``answer`` (all answers, flat), ``weight`` (sum of n,) and ``n_answers`` (b,) from the
-    samples' ``answers`` and ``weights``; ids as a tensor where all are whole numbers, else as a list; all else as lists
-    of b. ``bad_samples`` is there only if there were any. Keys that some samples lack are left out.
+    ``image`` (b, 3, H, W); where a sample has several, (b, k, 3, H, W) with ``image_mask`` (b, k), true where there is
+    one, and ``image_key`` a list each. ``answer`` (all answers, flat), ``weight`` (sum of n,) and ``n_answers`` (b,)
+    from the samples' ``answers`` and ``weights``; ids as a tensor where all are whole numbers, else as a list; all else
+    as lists of b. ``bad_samples`` is there only if there were any. Keys that some samples lack are left out.
     """
     shared = [key for key in samples[0] if all(key in sample for sample in samples)]
     batch: Dict[str, Any] = {}
     for key in shared:
         values = [sample[key] for sample in samples]
         if key == "image":
-            batch[key] = torch.stack(values)
+            batch.update(_images(values))
+        elif key == "image_key" and any(isinstance(value, list) for value in values):
+            batch[key] = [value if isinstance(value, list) else [value] for value in values]
         elif key == "answers":
             batch["answer"] = [answer for answers in values for answer in answers]
             batch["n_answers"] = torch.tensor([len(answers) for answers in values])
@@ -85,6 +90,18 @@ def collate(samples: Sequence[Sample]) -> Dict[str, Any]:
             batch[key] = values
     bad = [text for sample in samples for text in sample.get("bad_samples", ())]
     return {**batch, "bad_samples": bad} if bad else batch
+
+
+def _images(values: Sequence[Tensor]) -> Dict[str, Tensor]:
+    """Images (3, H, W), or several of a sample (k, 3, H, W), together."""
+    if all(value.ndim == 3 for value in values):
+        return {"image": torch.stack(list(values))}
+    each = [value if value.ndim == 4 else value.unsqueeze(0) for value in values]
+    numbers = torch.tensor([len(value) for value in each])
+    return {
+        "image": pad_sequence(each, batch_first=True),
+        "image_mask": torch.arange(int(numbers.max())) < numbers.unsqueeze(1),
+    }
 
 
 def _ids(values: List[Any]) -> Any:
@@ -140,11 +157,11 @@ class AnnotatedDataset(BaseDataset):
         """
         return self.sample(index, {})
 
-    def image_of(self, index: int) -> str:
-        """What the image of a sample is known by."""
+    def image_of(self, index: int) -> Hashable:
+        """What the image of a sample, or its images together, are known by."""
         return self.annotation[index]["image"]
 
-    def sample(self, index: int, views: Dict[str, Sample]) -> Sample:
+    def sample(self, index: int, views: Dict[Hashable, Sample]) -> Sample:
         """The same, sharing what is seen of an image among the samples that show it: see
         `lavis_kvmod.datasets.loading.images`."""
         if not -len(self) <= index < len(self):
@@ -153,7 +170,7 @@ class AnnotatedDataset(BaseDataset):
         while True:
             annotation = self.annotation[(index + len(bad)) % len(self)]
             try:
-                seen = views.get(annotation["image"]) or self._seen(read_image(annotation["image"]), annotation)
+                seen = views.get(annotation["image"]) or self._read(annotation)
             except BadImageError as error:
                 bad.append(f"{annotation['source']}: {error}")
                 self._note(bad, error)
@@ -174,6 +191,15 @@ class AnnotatedDataset(BaseDataset):
         if cause not in self._warned:
             self._warned.add(cause)
             logging.warning("skipped: %s; others like it are counted at the epoch's end", bad[-1])
+
+    def _read(self, annotation: Annotation) -> Sample:
+        """What is seen of a row's image, or of its images. Raises BadImageError."""
+        paths = annotation["image"]
+        if isinstance(paths, str):
+            return self._seen(read_image(paths), annotation)
+        seen = [self._seen(read_image(path), {**annotation, "image": path}) for path in paths]
+        together: Sample = {"image": torch.stack([each["image"] for each in seen])}
+        return {**together, "image_key": [each["image_key"] for each in seen]} if "image_key" in seen[0] else together
 
     def _seen(self, image: Image.Image, annotation: Annotation) -> Sample:
         sample = {"image": self.vis_processor(image)}

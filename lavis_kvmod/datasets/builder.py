@@ -77,6 +77,7 @@ class AnnotationBuilder(PackagedBuilder):
 
     settings_class: Type[DataSettings] = SampleSettings
     target: str  # the key of what a model is to say: "answer" or "caption"
+    several_images = False  # whether a row may have more than one
     images_from = ""  # how to get them
 
     # ------------------------------------------------------------ what LAVIS calls
@@ -114,6 +115,13 @@ class AnnotationBuilder(PackagedBuilder):
         except BadDataError as error:
             return error.problems
         return []
+
+    @classmethod
+    def most_images(cls) -> Tuple[int, str]:
+        """How many images the row with the most has, and where it was read, of what `config_problems` has prepared."""
+        splits = cls._prepared[1] if cls._prepared else {}
+        found = [(num_images(row), row["source"]) for rows in splits.values() for row in rows]
+        return max(found, key=lambda each: each[0], default=(1, ""))
 
     def _take_prepared(self) -> Optional[Splits]:
         cls = type(self)
@@ -206,6 +214,8 @@ class AnnotationBuilder(PackagedBuilder):
         problem = self.row_problem(row, needs_target) or row.get("image_problem")
         if problem is not None:
             return problem
+        if num_images(row) > 1 and not self.several_images:
+            return Problem("several images", f"expected one image, got {num_images(row)}: {row['image_name']}")
         question = row.get("question_id")
         first = row if question is None else seen.setdefault(("question", question), row)
         if first is not row:
@@ -276,6 +286,11 @@ class CaptionBuilder(AnnotationBuilder):
         return list(by_image.values())
 
 
+def num_images(row: Annotation) -> int:
+    """How many images a row has."""
+    return len(row["image"]) if isinstance(row["image"], tuple) else 1
+
+
 def _collect(problems: List[str], step: Callable[[], Any]) -> Any:
     """Do a step; if it fails, note why and go on."""
     try:
@@ -291,15 +306,21 @@ Found = Union[Tuple[str, str], Problem]
 def _find_image(row: Annotation, folders: ImageFolders, known: Dict[str, Found]) -> None:
     """Replace the name of a row's image by its path, or note why that cannot be done.
 
-    Rows about the same image share its path: ``known`` has what was found for a name.
+    Rows about the same image share its path: ``known`` has what was found for a name. Of several images all must be
+    there; their names together are the row's.
     """
-    name = "" if row.get("image") is None else str(row["image"]).strip()
-    if name not in known:
-        known[name] = _look_up(name, folders)
-    if isinstance(known[name], Problem):
-        row["image_name"], row["image_problem"] = name, known[name]
+    given = row.get("image")
+    names = ["" if name is None else str(name).strip() for name in (given if isinstance(given, tuple) else [given])]
+    for name in names:
+        if name not in known:
+            known[name] = _look_up(name, folders)
+    found = [known[name] for name in names]
+    problem = next((one for one in found if isinstance(one, Problem)), None)
+    if problem is not None:
+        row["image_name"], row["image_problem"] = " + ".join(names), problem
         return
-    row["image"], row["image_name"] = known[name]
+    paths, called = zip(*found)
+    row["image"], row["image_name"] = paths if isinstance(given, tuple) else paths[0], " + ".join(called)
     if row.get("image_id") is None:
         row["image_id"] = row["image_name"]
 

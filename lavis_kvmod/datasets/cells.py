@@ -22,6 +22,7 @@ __all__ = [
     "looks_like_a_list",
     "read_id",
     "read_name",
+    "read_names",
     "read_text",
     "read_texts",
     "read_weight",
@@ -92,6 +93,24 @@ def read_name(cell: Any, purpose: str) -> str:
         hint = '; write yes and no, or "true" and "false" in quotes' if isinstance(cell, bool) else ""
         raise ValueError(f"{purpose}: expected a text, got {short(cell)}{hint}")
     return str(cell)
+
+
+def read_names(cells: Sequence[Any], purpose: str) -> List[str]:
+    """All names in some cells, as `read_name` reads one. A cell holds one, or a list of them, also as JSON in a text.
+    Empty cells count for nothing."""
+    names: List[str] = []
+    for cell in cells:
+        listed = _json_list(cell) if isinstance(cell, str) else cell
+        entries = listed if isinstance(listed, (list, tuple)) else [cell]
+        names += [name for name in (read_name(entry, purpose) for entry in entries) if name]
+    return names
+
+
+def _json_list(cell: str) -> Any:
+    try:
+        return json.loads(cell) if cell.strip().startswith("[") else None
+    except ValueError:  # a name that begins with a bracket
+        return None
 
 
 def read_texts(cells: Sequence[Any], purpose: str, separator: Optional[str] = None) -> List[str]:

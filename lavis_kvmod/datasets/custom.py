@@ -7,7 +7,7 @@ import difflib
 import logging
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,7 +19,7 @@ from lavis_kvmod.datasets.cells import (
     first,
     looks_like_a_list,
     read_id,
-    read_name,
+    read_names,
     read_text,
     read_texts,
     read_weight,
@@ -37,6 +37,7 @@ class _CustomBuilder(AnnotationBuilder):
     """Reads the files; which columns there are is the subclasses'."""
 
     settings_class: Type[CustomSettings] = CustomSettings
+    several_images = True
     REQUIRED: Tuple[str, ...] = ("image",)  # keys of ``columns`` that every file has
     files_from = ""  # how to get the annotations
 
@@ -107,7 +108,7 @@ class _CustomBuilder(AnnotationBuilder):
             return {**annotation, "problem": row.problem}
         cells = {key: [row.values.get(name) for name in names] for key, names in columns.items()}
         try:
-            annotation["image"] = read_name(first(cells["image"]), "image")
+            annotation["image"] = _images(cells["image"])
             annotation["image_id"] = read_id(first(cells["image_id"]), "image_id")
             annotation.update(self._texts(cells, separator))
         except ValueError as error:
@@ -235,6 +236,12 @@ class CustomCaptionBuilder(_CustomBuilder, CaptionBuilder):
         if not cells["caption"]:
             return {}
         return {"caption": read_texts(cells["caption"], "caption", separator)}
+
+
+def _images(cells: List[Any]) -> Union[str, Tuple[str, ...]]:
+    """The name of a row's image, or those of several."""
+    names = read_names(cells, "image")
+    return tuple(names) if len(names) > 1 else "".join(names)
 
 
 def _mapping(section: Any, key: str) -> Mapping[str, Any]:

@@ -48,6 +48,7 @@ class CustomRetrievalBuilder(CustomCaptionBuilder):
     DATASET_CONFIG_DICT = {"default": "configs/datasets/custom/defaults_retrieval.yaml"}
     train_dataset_cls = CaptionTrainData
     eval_dataset_cls = RetrievalEvalData
+    several_images = False
 
     def prepare(self) -> Splits:
         """As any; a split without captions has nothing to be found.

@@ -131,7 +131,12 @@ class SampleSettings(DataSettings):
 class VQAColumns(Settings):
     """``columns`` of ``custom_vqa``: a name for each purpose."""
 
-    image: _Name = key("image", "a path, or a name to be found below the folders", expected=_ONE)
+    image: Union[_Name, List[_Name]] = key(
+        "image",
+        "a path, or a name to be found below the folders; for several images a row, several columns, or cells with "
+        "a list ([inputs.md](inputs.md))",
+        expected=_SEVERAL,
+    )
     question: _Name = key("question", "the question", expected=_ONE)
     answer: Union[_Name, List[_Name], None] = key("answer", "one answer, or those of many people", expected=_SEVERAL)
     weight: Union[_Name, List[_Name], None] = key(
@@ -146,7 +151,12 @@ class VQAColumns(Settings):
 class CaptionColumns(Settings):
     """``columns`` of ``custom_caption``."""
 
-    image: _Name = key("image", "a path, or a name to be found below the folders", expected=_ONE)
+    image: Union[_Name, List[_Name]] = key(
+        "image",
+        "a path, or a name to be found below the folders; for several images a row, several columns, or cells with "
+        "a list ([inputs.md](inputs.md))",
+        expected=_SEVERAL,
+    )
     caption: Union[_Name, List[_Name], None] = key("caption", "one caption or many", expected=_SEVERAL)
     image_id: Optional[_Name] = key("image_id", "any number or text, the same for all rows of an image", expected=_ONE)
 

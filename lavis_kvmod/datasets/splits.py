@@ -43,7 +43,8 @@ def split_by_image(rows: Sequence[Annotation], shares: Mapping[str, float], seed
     """``train`` and the splits that ``shares`` names, each image with all its rows in one of them.
 
     Which images go where depends on their names and the seed, not on the order of the rows. A split gets its share of
-    the images, rounded, and at least one. Rows keep their order.
+    the images, rounded, and at least one. Rows keep their order. Images that a row has together stay together, and with
+    them all that share one with them.
 
     Args:
         rows: annotations with an ``image_name``, all of them good.
@@ -53,7 +54,8 @@ def split_by_image(rows: Sequence[Annotation], shares: Mapping[str, float], seed
     Raises:
         BadDataError: if there are too few images.
     """
-    images = sorted({row["image_name"] for row in rows}, key=lambda name: _lot(seed, name))
+    names = _together(rows)
+    images = sorted(set(names), key=lambda name: _lot(seed, name))
     sizes = {split: max(1, round(share * len(images))) for split, share in shares.items()}
     if sum(sizes.values()) >= len(images):
         wanted = ", ".join(f"{split} {size}" for split, size in sizes.items())
@@ -63,9 +65,32 @@ def split_by_image(rows: Sequence[Annotation], shares: Mapping[str, float], seed
         split_of.update(dict.fromkeys(images[start : start + size], split))
         start += size
     divided: Dict[str, List[Annotation]] = {split: [] for split in ("train", *sizes)}
-    for row in rows:
-        divided[split_of.get(row["image_name"], "train")].append(row)
+    for row, name in zip(rows, names):
+        divided[split_of.get(name, "train")].append(row)
     return divided
+
+
+def _together(rows: Sequence[Annotation]) -> List[str]:
+    """For each row a name that it shares with all rows that must be in the same split: its image's, or, where rows have
+    several, one for all that are joined by shared images."""
+    first: Dict[str, str] = {}  # an image's path -> one that it belongs with, and so on to itself
+
+    def root(path: str) -> str:
+        while first.setdefault(path, path) != path:
+            path = first[path]
+        return path
+
+    for row in rows:
+        if isinstance(row["image"], tuple):
+            one, *others = sorted(map(root, row["image"]))
+            first.update(dict.fromkeys(others, one))
+    if not first:
+        return [row["image_name"] for row in rows]
+    called: Dict[str, str] = {}
+    roots = [root(row["image"][0] if isinstance(row["image"], tuple) else row["image"]) for row in rows]
+    for row, found in zip(rows, roots):
+        called[found] = min(called.get(found, row["image_name"]), row["image_name"])
+    return [called[found] for found in roots]
 
 
 def _lot(seed: int, name: str) -> bytes:

@@ -100,6 +100,8 @@ def attention_maps(model: Any, samples: Dict[str, Any]) -> AttentionMaps:
     """
     if model.gated_layers is not None:
         raise ValueError("expected a model with a soft prompt; through gated layers no answer is traced")
+    if samples["image"].ndim == 5 and samples["image"].shape[1] > 1:
+        raise ValueError(f"expected one image a sample, (b, 3, H, H), got {tuple(samples['image'].shape)}")
     query_output, soft_prompt = model.encode(samples, output_attentions=True)
     if not query_output.cross_attentions or not query_output.self_attentions:
         raise ValueError("expected attention maps of the Q-Former; this model's connector has no such attention")

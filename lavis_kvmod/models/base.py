@@ -14,12 +14,13 @@ from lavis.models.blip2_models.blip2 import Blip2Base
 from torch import Tensor, nn
 
 from lavis_kvmod.models import loading
-from lavis_kvmod.models.connectors.kv_prefix import KVPrefix, PrefixGenerator, prefix_of_each_layer
+from lavis_kvmod.models.connectors.kv_prefix import KVPrefix, PrefixGenerator, for_each_layer, prefix_of_each_layer
 from lavis_kvmod.models.connectors.registry import Connector
 from lavis_kvmod.models.empty import empty_weights
 from lavis_kvmod.models.optimizer_groups import optimizer_groups
 from lavis_kvmod.models.parts import PartSummary, summarise, train_only
 from lavis_kvmod.models.settings import PREFIX_GATES, ImageSideSettings
+from lavis_kvmod.models.several_images import ImagePlaces, Seen, by_number, one_by_one, pool_tokens
 from lavis_kvmod.models.vision.auxiliary import Auxiliary
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB, FrozenFeatureCache, FrozenFeatures
 from lavis_kvmod.models.vision.feature_files import FeatureFiles, fingerprint
@@ -60,6 +61,8 @@ class KVModBase(Blip2Base):
             checkpoint must hold it.
         prefix_control: see `lavis_kvmod.models.vision.prefix_controls`; may be set anew at any time.
         prefix_dropout: the share of samples that are trained without their prefix (BRAVE, arXiv 2404.07204).
+        image_places: for samples of several images; None takes one image a sample.
+        pool_visual_tokens: so many times so many neighbouring visual tokens become their mean.
 
     A subclass adds its own parts, then calls `_add_prefix` and `_freeze`.
     """
@@ -89,6 +92,8 @@ class KVModBase(Blip2Base):
         ln_vision_loaded: bool = True,
         prefix_control: str = "none",
         prefix_dropout: float = 0.0,
+        image_places: Optional[ImagePlaces] = None,
+        pool_visual_tokens: int = 1,
     ):
         super().__init__()
         # Names and order as in LAVIS's models: they are the names in its checkpoints.
@@ -100,6 +105,8 @@ class KVModBase(Blip2Base):
         self.num_outputs: int = getattr(qformer, "num_outputs", num_query_token)
         self.visual_encoder = visual_encoder
         self.ln_vision = ln_vision
+        self.image_places = image_places
+        self.pool_visual_tokens = pool_visual_tokens
         self.Qformer = qformer
         self.freeze_vit = freeze_vit
         self.image_size = image_size
@@ -140,7 +147,7 @@ class KVModBase(Blip2Base):
     @property
     def trained_parts(self) -> Tuple[str, ...]:
         """Attribute names of the parts that are trained."""
-        parts = ["kv_prefix", "kv_gate", "Qformer", "query_tokens"]
+        parts = ["image_places", "kv_prefix", "kv_gate", "Qformer", "query_tokens"]
         parts += [part for part, is_trained in self.behind_qformer.items() if is_trained]
         if not self.freeze_vit:
             parts += ["visual_encoder", "ln_vision"]
@@ -160,8 +167,8 @@ class KVModBase(Blip2Base):
 
     def parts(self) -> List[PartSummary]:
         """The model's parts in the figure's order: see `PartSummary`."""
-        order = ["visual_encoder", "ln_vision", "aux_encoder", "kv_prefix", "kv_gate", "query_tokens", "Qformer"]
-        order += self.behind_qformer
+        order = ["visual_encoder", "ln_vision", "aux_encoder", "image_places"]
+        order += ["kv_prefix", "kv_gate", "query_tokens", "Qformer", *self.behind_qformer]
         found = [summarise(name, getattr(self, name)) for name in order if getattr(self, name) is not None]
         return [row for row in found if row.parameters]  # a connector may be nothing but the projection behind it
 
@@ -174,19 +181,19 @@ class KVModBase(Blip2Base):
     # ------------------------------------------------------------ image -> features and prefix
 
     def frozen_features(self, samples: Mapping[str, Any]) -> FrozenFeatures:
-        """What both encoders make of ``samples["image"]`` (b, 3, H, H), from the cache where there is one.
+        """What both encoders make of ``samples["image"]`` (b, 3, H, H), from the cache where there is one; or of each
+        of b * k images (b, k, 3, H, H).
 
         Raises:
             ValueError: if the images have another shape than the ViT was built for.
         """
-        image = samples["image"]
+        image, keys = one_by_one(samples)
         expected = (3, self.image_size, self.image_size)
         if image.ndim != 4 or tuple(image.shape[1:]) != expected:
             raise ValueError(
                 f"expected images (b, {', '.join(map(str, expected))}), got {tuple(image.shape)}: the image "
                 f"processor's image_size and model.image_size must agree"
             )
-        keys = samples.get("image_key")
         if self.feature_cache is None or keys is None:
             features = self._encode_image(image)
         else:
@@ -195,7 +202,21 @@ class KVModBase(Blip2Base):
             features = features._replace(
                 visual_tokens=features.visual_tokens.to(cast(Tensor, self.ln_vision.weight).dtype)
             )
+        if self.pool_visual_tokens > 1:
+            features = features._replace(visual_tokens=pool_tokens(features.visual_tokens, self.pool_visual_tokens))
         return controlled(self.prefix_control, features, swap=self.swap_prefix)
+
+    def seen(self, samples: Mapping[str, Any]) -> Seen:
+        """`frozen_features`, those of a sample's images side by side: see `lavis_kvmod.models.several_images`.
+
+        Raises:
+            ValueError: as `frozen_features`; for more images a sample than the model has places for.
+        """
+        image = samples["image"]
+        if self.image_places is None and image.ndim == 5 and image.shape[1] > 1:
+            raise ValueError(f"expected one image a sample, got {image.shape[1]}; for several set model.max_images")
+        features = self.frozen_features(samples)
+        return Seen(*features) if self.image_places is None else self.image_places(features, samples)
 
     def fingerprint(self) -> Dict[str, str]:
         """What the frozen encoders' features depend on: see `lavis_kvmod.models.vision.feature_files.fingerprint`."""
@@ -239,15 +260,21 @@ class KVModBase(Blip2Base):
             return None
         return torch.rand(len(pooled), device=pooled.device) < self.prefix_dropout
 
-    def prefixes(self, pooled: Optional[Tensor], dropped: Optional[Tensor] = None) -> Optional[List[KVPrefix]]:
+    def prefixes(
+        self, pooled: Optional[Tensor], dropped: Optional[Tensor] = None, places: Optional[Tensor] = None
+    ) -> Optional[List[KVPrefix]]:
         """Auxiliary features -> one prefix for each cross-attention layer, or None without KV modulation.
 
-        ``dropped`` (b,) says which samples go without theirs, if that has been drawn.
+        ``dropped`` (b,) says which samples go without theirs, if that has been drawn; ``places`` (b, k), where each of
+        a sample's k images stands, whose features are then (b, k, …).
         """
         if self.kv_prefix is None or pooled is None:
             return None
         dropped = self.dropped(pooled) if dropped is None else dropped
         layers = self.Qformer.num_cross_attention_layers
+        if self.image_places is not None and places is not None:
+            made = self.image_places.key_value(self.kv_prefix, pooled, places, own_softmax=self.kv_gate is not None)
+            return for_each_layer(made, layers, self.kv_gate, dropped)
         return prefix_of_each_layer(self.kv_prefix, pooled, layers, self.kv_gate, dropped)
 
     # ------------------------------------------------------------ one image, many texts
@@ -261,9 +288,13 @@ class KVModBase(Blip2Base):
         """
         if self.kv_prefix is None:
             return None
-        maps = torch.stack(self.encode(samples, output_attentions=True).query_output.cross_attentions).float().abs()
-        of_prefix = maps[..., : self.kv_prefix.num_positions].sum(-1)
-        return (of_prefix / maps.sum(-1)).mean().item()
+        total = 0.0
+        for rows, part in by_number(samples):
+            maps = torch.stack(self.encode(part, output_attentions=True).query_output.cross_attentions).float().abs()
+            images = part["image"].shape[1] if part["image"].ndim == 5 else 1
+            of_prefix = maps[..., : images * self.kv_prefix.num_positions].sum(-1)
+            total += (of_prefix / maps.sum(-1)).mean().item() * len(rows)
+        return total / len(samples["image"])
 
     # ------------------------------------------------------------ precision
 

@@ -27,14 +27,10 @@ from lavis_kvmod.models.language.decoding import Search
 from lavis_kvmod.models.language.gated_cross_attention import GatedLayers
 from lavis_kvmod.models.language.opt import FrozenOPT
 from lavis_kvmod.models.language.soft_prompt import ScoredAnswer, rank_answers
-from lavis_kvmod.models.language.text import (
-    Prompt,
-    answer_batch,
-    caption_batch,
-    caption_contexts,
-)
+from lavis_kvmod.models.language.text import Prompt, answer_batch, caption_batch, caption_contexts
 from lavis_kvmod.models.settings import ANSWER_LOSSES, ModelSettings
-from lavis_kvmod.models.soft_prompts import Encoded, SoftPromptModel
+from lavis_kvmod.models.several_images import by_number
+from lavis_kvmod.models.soft_prompts import Encoded, SoftPromptModel, together
 from lavis_kvmod.models.vision.auxiliary import Auxiliary
 
 INFERENCE_METHODS = ("generate", "rank")
@@ -114,18 +110,24 @@ class Blip2OPTKVMod(SoftPromptModel):
     def encode(self, samples: Dict[str, Any], output_attentions: bool = False, with_prefix: bool = True) -> Encoded:
         """The figure above: ``samples["image"]`` (b, 3, H, H) -> soft prompt (b, q, opt width).
 
-        ``with_prefix`` False takes the prefix (or its tokens) away from a model that was trained with it.
+        Or several images a sample (b, k, 3, H, H), as `by_number` takes them. ``with_prefix`` False takes the prefix
+        (or its tokens) away from a model that was trained with it.
 
         Raises:
             ValueError: if the images have another shape than the ViT was built for.
         """
-        features, aux = self.frozen_features(samples), self.aux_tokens
+        groups = by_number(samples)
+        if len(groups) > 1:
+            return together(
+                [rows for rows, _ in groups], [self.encode(own, with_prefix=with_prefix) for _, own in groups]
+            )
+        features, aux = self.seen(groups[0][1]), self.aux_tokens
         pooled = features.pooled if with_prefix else None
         dropped = self.dropped(pooled)
         query_output = self.Qformer(
             query_embeds=joined("queries", self.queries(len(features.visual_tokens)), aux, pooled),
             encoder_hidden_states=joined("visual_tokens", features.visual_tokens, aux, pooled),
-            prefix=self.prefixes(pooled, dropped),
+            prefix=self.prefixes(pooled, dropped, features.places),
             output_attentions=output_attentions,
         )
         return Encoded(query_output, self._for_language_model(query_output.last_hidden_state, pooled, dropped))

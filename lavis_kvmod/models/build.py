@@ -17,6 +17,7 @@ from lavis_kvmod.models.settings import (
     ObjectiveSettings,
     Stage1Settings,
 )
+from lavis_kvmod.models.several_images import ImagePlaces
 from lavis_kvmod.models.vision.auxiliary import (
     Auxiliary,
     build_auxiliary_encoder,
@@ -173,6 +174,8 @@ def opt_arguments(settings: ModelSettings, *, load: bool = True) -> Dict[str, An
         aux_tokens=image_side.aux_tokens,
         prefix_dropout=settings.prefix_dropout,
         gated_layers=_gated_layers(settings, opt_model, image_side),
+        image_places=_image_places(settings, image_side),
+        pool_visual_tokens=settings.pool_visual_tokens,
         prompt=settings.prompt,
         max_txt_len=settings.max_txt_len,
         answer_loss=settings.answer_loss,
@@ -180,6 +183,13 @@ def opt_arguments(settings: ModelSettings, *, load: bool = True) -> Dict[str, An
         ln_vision_loaded=image_side.vision.ln_vision_loaded,
         **image_side.arguments(settings),
     )
+
+
+def _image_places(settings: ModelSettings, image_side: ImageSide) -> Optional[ImagePlaces]:
+    if settings.max_images == 1:
+        return None
+    prefix_width = None if image_side.kv_prefix is None else image_side.connector.hidden_size
+    return ImagePlaces(settings.max_images, image_side.vision.width, prefix_width)
 
 
 def _gated_layers(settings: ModelSettings, opt: FrozenOPT, image_side: ImageSide) -> Optional[GatedLayers]:

@@ -65,7 +65,8 @@ def load_named_checkpoint(model: "KVModBase", settings: ImageSideSettings) -> No
 def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -> LoadReport:
     """`load_checkpoint`, of what was read from ``source``."""
     state = _at_image_size(model, _within_vocabulary(model, state))
-    groups = ["visual_encoder.", "aux_encoder.", "kv_", "aux_tokens.", "gated_layers.", *model.of_this_training]
+    groups = ["visual_encoder.", "aux_encoder.", "kv_", "aux_tokens.", "gated_layers.", "image_places."]
+    groups += model.of_this_training
     groups += [f"{part}." for part, is_trained in model.behind_qformer.items() if not is_trained]
     if model.ln_vision_loaded:
         groups.append("ln_vision.")

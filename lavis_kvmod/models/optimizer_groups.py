@@ -7,9 +7,9 @@ from torch import nn
 
 # A ViT's block number in a parameter's name: EVA's and the demo's, CLIP's.
 _VIT_BLOCK = re.compile(r"visual_encoder\.(?:blocks|transformer\.resblocks)\.(\d+)\.")
-# Norms by the names they have in LAVIS's ViTs, its Q-Former and OPT; the prefix's tokens and gates.
+# Norms by the names they have in LAVIS's ViTs, its Q-Former and OPT; the prefix's tokens and gates, images' places.
 _NO_DECAY = re.compile(
-    r"(^|[._])(ln|bn|norm\d*|layernorm)([._]|$)|kv_prefix\..*(prefix_tokens|position_embeddings)$|(^|\.)kv_gate$",
+    r"(^|[._])(ln|bn|norm\d*|layernorm)([._]|$)|kv_prefix\..*(prefix_tokens|position_embeddings)$|^image_places\.|(^|\.)kv_gate$",
     re.IGNORECASE,
 )
 # The prefix's own parts, in front of a connector's Keys and of the gated layers'.

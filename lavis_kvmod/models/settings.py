@@ -261,6 +261,12 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
     prefix_dropout: float = key(
         0.0, "the share of samples that are trained without their prefix, drawn anew in each batch", ge=0, lt=1
     )
+    max_images: int = key(
+        1, "most images of a sample: several pictures, the frames of a video ([inputs.md](inputs.md))", gt=0
+    )
+    pool_visual_tokens: int = key(
+        1, "so many times so many neighbouring visual tokens become their mean: 2 leaves a quarter", gt=0
+    )
     num_aux_tokens: int = key(
         1,
         "with `aux_fusion` other than `prefix`, how many; of `queries` 1, the same for all, or `num_query_token`",
@@ -282,7 +288,7 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
 
     def conflicts(self) -> List[str]:
         """As for all models, and what is wrong with the connector and the prompt."""
-        found = [*super().conflicts(), *self._connector_conflicts()]
+        found = [*super().conflicts(), *self._connector_conflicts(), *self._image_conflicts()]
         if self.apply_lemmatizer:
             found.append("apply_lemmatizer: not supported; lemmatise the answers after predict_answers")
         return [*found, *check_prompt("prompt", self.prompt)]
@@ -320,6 +326,23 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
             of_image = known_num_tokens(self.vit_model, self.image_size, self.vit_geometry)
         of_aux = self.aux_tokens if self.aux_place == "tokens" else 0
         return None if of_image is None else of_image + of_aux
+
+    def _image_conflicts(self) -> List[str]:
+        """What takes one image a sample, and each of its visual tokens."""
+        if self.connector not in CONNECTORS:
+            return []
+        found = []
+        if not self.connector_kind.attends:
+            attend = ", ".join(name for name in CONNECTORS if CONNECTORS[name].attends)
+            why = f"connector {self.connector} has no attention to any number of visual tokens; take one of {attend}"
+            found += self._of_no_use(("max_images", "pool_visual_tokens"), why)
+        elif self.fusion != "soft_prompt":
+            found += self._of_no_use(("max_images",), f"fusion: {self.fusion} takes one image a sample")
+        if self.aux_tokens:
+            found += self._of_no_use(
+                ("max_images",), f"aux_fusion: {self._fusion} takes one image a sample; set prefix"
+            )
+        return found
 
     def _connector_conflicts(self) -> List[str]:
         if self.connector not in CONNECTORS:

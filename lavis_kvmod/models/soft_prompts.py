@@ -1,7 +1,7 @@
 """A member with a language model: the image's way into it, questions in front of it, texts out of it."""
 
 from contextlib import nullcontext
-from typing import Any, ContextManager, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
+from typing import Any, ContextManager, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from torch import Tensor, nn
 
@@ -15,8 +15,9 @@ from lavis_kvmod.models.language.opt import FrozenOPT
 from lavis_kvmod.models.language.packing import Packing, pack, packing_pays
 from lavis_kvmod.models.language.soft_prompt import ScoredAnswer, continue_texts, token_losses
 from lavis_kvmod.models.language.text import QUESTION, Prompt, TextBatch, question_contexts
+from lavis_kvmod.models.several_images import in_order
 
-__all__ = ["Encoded", "SoftPromptModel"]
+__all__ = ["Encoded", "SoftPromptModel", "together"]
 
 
 class Encoded(NamedTuple):
@@ -25,6 +26,13 @@ class Encoded(NamedTuple):
 
     query_output: QFormerOutput
     soft_prompt: Tensor
+
+
+def together(rows: Sequence[List[int]], groups: Sequence[Encoded]) -> Encoded:
+    """What was made of groups of a batch's samples, ``rows``, in the batch's order; without attention maps, which
+    differ in width."""
+    hidden = in_order([each.query_output.last_hidden_state for each in groups], rows)
+    return Encoded(QFormerOutput(hidden), in_order([each.soft_prompt for each in groups], rows))
 
 
 class SoftPromptModel(KVModBase):

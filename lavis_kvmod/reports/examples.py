@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavis_kvmod.datasets.images import read_image
-from lavis_kvmod.tasks.evaluation import Evaluated, Row
+from lavis_kvmod.tasks.evaluation import Evaluated, Row, side_by_side
 
 SHOWN = 4  # examples of each kind
 _SIDE = 256  # pixels of a thumbnail's longer side
@@ -102,7 +102,7 @@ def _from_data_set(row: Row, evaluated: Evaluated) -> Optional[Image.Image]:
         if instance not in places or not hasattr(dataset, "__getitem__"):
             return None
         pixels = dataset[places[instance]]["image"]
-    return _to_image(pixels, getattr(dataset, "vis_processor", None))
+    return _to_image(side_by_side(pixels), getattr(dataset, "vis_processor", None))
 
 
 def _to_image(pixels: Tensor, processor: Any) -> Image.Image:

@@ -24,7 +24,7 @@ from lavis_kvmod.system.progress import Progress
 
 __all__ = ["TrainsEpochs"]
 
-_READ_ON_CPU = ("image_index",)  # of a batch: the device would have to be waited for
+_READ_ON_CPU = ("image_index", "image_mask", "image_place")  # of a batch: the device would have to be waited for
 
 
 class TrainsEpochs(SavesRuns):

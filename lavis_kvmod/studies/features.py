@@ -3,7 +3,7 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any, Dict, Hashable, Iterator, List, Mapping, Optional
+from typing import Any, Dict, Hashable, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 
@@ -81,11 +81,18 @@ def _batches(dataset: Any) -> Iterator[Dict[str, Any]]:
         samples: List[Dict[str, Any]] = [dataset[i] for i in firsts[start : start + _TOGETHER]]
         if any("image_key" not in sample for sample in samples):
             return
-        yield {
-            "image_of": [dataset.image_of(i) for i in firsts[start : start + _TOGETHER]],
-            "image": torch.stack([sample["image"] for sample in samples]),
-            "image_key": [sample["image_key"] for sample in samples],
-        }
+        shown = zip(map(dataset.image_of, firsts[start : start + _TOGETHER]), samples)
+        each = [image for name, sample in shown for image in _one_by_one(name, sample)]
+        names, keys, images = zip(*each)
+        yield {"image_of": list(names), "image": torch.stack(images), "image_key": list(keys)}
+
+
+def _one_by_one(name: Hashable, sample: Dict[str, Any]) -> List[Tuple[Hashable, str, torch.Tensor]]:
+    """A sample's image: what it is known by, its key, itself. Of several each, by no name that is asked about."""
+    key, image = sample["image_key"], sample["image"]
+    if isinstance(key, str):
+        return [(name, key, image)]
+    return [((name, i), own, image[i]) for i, own in enumerate(key)]
 
 
 def _questions(dataset: Any, keys: Mapping[Hashable, str]) -> List[Asked]:

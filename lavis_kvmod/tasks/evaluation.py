@@ -157,7 +157,7 @@ class DatasetEvaluation(BaseTask):
             return
         wanted = max(1, PICTURES_KEPT // get_world_size()) - len(self._pictures)
         for row, image in list(zip(rows, _images(samples)))[: max(0, wanted)]:
-            self._pictures[row["instance_id"]] = image.to("cpu", torch.float16)
+            self._pictures[row["instance_id"]] = side_by_side(image).to("cpu", torch.float16)
 
     # ------------------------------------------------------------ when all have passed
 
@@ -192,6 +192,11 @@ def _images(samples: Dict[str, Any]) -> Tensor:
     return samples["image"][samples["image_index"]] if "image_index" in samples else samples["image"]
 
 
+def side_by_side(image: Tensor) -> Tensor:
+    """Several images of a sample, (k, 3, H, W), as one picture (3, H, k * W); one image (3, H, W) as it is."""
+    return torch.cat(list(image), dim=-1) if image.ndim == 4 else image
+
+
 def unscored() -> Dict[str, Any]:
     """The metrics where there was nothing to score against. LAVIS's runners ask for ``agg_metrics``; that ``scored``
     is 0 tells that it means nothing."""
@@ -212,5 +217,7 @@ def decoding_of(settings: GenerationSettings) -> Dict[str, Any]:
 
 
 def plain_id(value: Any) -> Any:
-    """An id as JSON can hold it: a collated tensor becomes a number."""
+    """An id as JSON can hold it: a collated tensor becomes a number, the names of several images one."""
+    if isinstance(value, tuple):
+        return " + ".join(map(str, value))
     return value.item() if hasattr(value, "item") else value

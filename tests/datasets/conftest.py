@@ -65,3 +65,39 @@ def section_of():
         return OmegaConf.merge(defaults, small, overrides)
 
     return make
+
+
+@pytest.fixture()
+def run_file(tmp_path, photos, model_config, monkeypatch):
+    """A function: the path of a small run file over `photos` with one data set, and overrides."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, section, **run):
+        processors = {stage: {"name": "blip_image_eval", "image_size": 28} for stage in ("train", "eval")}
+        cfg = {
+            "model": {**model_config(), "model_type": "pretrain_opt2.7b"},
+            "datasets": {
+                name: OmegaConf.merge(
+                    {"build_info": {"images": {"storage": "photos"}}, "vis_processor": processors}, section
+                )
+            },
+            "run": {
+                "task": "kvmod_captioning" if "caption" in name else "kvmod_vqa",
+                "device": "cpu",
+                "max_epoch": 1,
+                "init_lr": 1e-3,
+                "batch_size_train": 3,
+                "batch_size_eval": 4,
+                "num_workers": 0,
+                "num_beams": 1,
+                "max_len": 3,
+                "output_dir": "output",
+                "valid_splits": ["val"],
+                "test_splits": ["test"],
+                **run,
+            },
+        }
+        OmegaConf.save(OmegaConf.create(cfg), tmp_path / "run.yaml")
+        return "run.yaml"
+
+    return write

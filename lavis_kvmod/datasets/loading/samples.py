@@ -19,7 +19,8 @@ class SampleSource:
     """A `Source` of samples by number, each read under a seed of its own.
 
     Where the plan groups samples by image, a batch has each image once, in one augmented view, which depends on seed,
-    epoch and image: ``image`` (i, 3, H, W) and ``image_key`` are the images', ``image_index`` (b,) tells each sample's.
+    epoch and image: ``image`` (i, 3, H, W) and ``image_key`` are the images' (so is ``image_mask``, where samples have
+    several), ``image_index`` (b,) tells each sample's.
 
     Attributes:
         dataset: with a length; for a plan that groups, see `lavis_kvmod.datasets.loading.images`.

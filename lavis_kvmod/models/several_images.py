@@ -1,0 +1,169 @@
+"""Several images in a sample: pictures side by side, the tiles of a large one, the frames of a video.
+
+    image 1 ─► encoders ─► tokens, prefix  + place 1 ─┐
+    image 2 ─► encoders ─► tokens, prefix  + place 2 ─┴─► [ prefix 1 | prefix 2 | tokens 1 | tokens 2 ] ─► connector
+
+Each goes through the frozen encoders by itself, and all that a connector attends to stands side by side. A learned
+vector for each place says which is which; it is zero at first, so that a model begins by seeing the images as a set.
+
+Samples with equally many images go through the connector together (`by_number`): nothing is padded, nothing has to be
+masked, and what a sample comes to does not depend on its batch.
+"""
+
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lavis_kvmod.models.connectors.kv_prefix import PrefixGenerator
+from lavis_kvmod.models.vision.feature_cache import FrozenFeatures
+
+__all__ = ["ImagePlaces", "Seen", "by_number", "in_order", "one_by_one", "pool_tokens"]
+
+
+class Seen(NamedTuple):
+    """What the frozen encoders made of samples with k images each.
+
+    ``visual_tokens`` (b, k * n, width); ``pooled`` (b, k, …) or None. ``places`` (b, k) is None in a model of one image
+    a sample: ``pooled`` is then (b, …).
+    """
+
+    visual_tokens: Tensor
+    pooled: Optional[Tensor]
+    places: Optional[Tensor] = None
+
+
+def by_number(samples: Mapping[str, Any]) -> List[Tuple[List[int], Dict[str, Any]]]:
+    """The images of a batch, samples with equally many together: which samples, and their ``image`` (r, k, 3, H, W),
+    ``image_place`` (r, k) and, where there is one, ``image_key``. A batch of one image a sample stays as it is.
+
+    Args:
+        samples: ``image`` (b, 3, H, W), or (b, k, 3, H, W) with ``image_mask`` (b, k), true where there is an image (by
+            default everywhere), and ``image_place`` (b, k), the place of each (by default its number among the
+            sample's).
+
+    Raises:
+        ValueError: for a mask or places of another shape, or a sample without an image.
+    """
+    image = samples["image"]
+    if image.ndim != 5:
+        return [(list(range(len(image))), dict(samples))]
+    shape = tuple(image.shape[:2])
+    mask = _of_images(samples, "image_mask", shape)
+    mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
+    places = _of_images(samples, "image_place", shape)
+    places = mask.long().cumsum(1) - 1 if places is None else places
+    there = [[i for i, is_there in enumerate(row) if is_there] for row in mask.tolist()]
+    if [] in there:
+        raise ValueError(f"expected an image in each sample; sample {there.index([])} of the batch has none")
+    keys = samples.get("image_key")
+    groups = []
+    for number in sorted(set(map(len, there))):
+        rows = [row for row, own in enumerate(there) if len(own) == number]
+        row, column = torch.tensor(rows).unsqueeze(1), torch.tensor([there[row] for row in rows])
+        whole = len(rows) == shape[0] and number == shape[1]
+        part = {
+            "image": image if whole else image[row.to(image.device), column.to(image.device)],
+            "image_place": places[row, column],
+        }
+        if keys is not None:
+            part["image_key"] = [keys[row] for row in rows]
+        groups.append((rows, part))
+    return groups
+
+
+def _of_images(samples: Mapping[str, Any], name: str, shape: Tuple[int, ...]) -> Optional[Tensor]:
+    value = samples.get(name)
+    if value is not None and tuple(value.shape) != shape:
+        raise ValueError(f"{name}: expected (b, k) = {shape}, as image has it, got {tuple(value.shape)}")
+    return None if value is None else value.cpu()
+
+
+def in_order(parts: Sequence[Tensor], rows: Sequence[List[int]]) -> Tensor:
+    """What was computed for the groups of `by_number`, as the samples stand in the batch."""
+    order = torch.tensor([row for own in rows for row in own]).argsort()
+    return torch.cat(list(parts))[order.to(parts[0].device)]
+
+
+def one_by_one(samples: Mapping[str, Any]) -> Tuple[Tensor, Any]:
+    """The images of a batch, each by itself (b * k, 3, H, W), and their keys, or None."""
+    image, keys = samples["image"], samples.get("image_key")
+    if image.ndim != 5:
+        return image, keys
+    return image.flatten(0, 1), None if keys is None else [key for own in keys for key in own]
+
+
+def pool_tokens(tokens: Tensor, by: int) -> Tensor:
+    """Visual tokens (m, n, width) of a square, each ``by`` x ``by`` neighbours to their mean; a class token stays.
+
+    Raises:
+        ValueError: if the tokens are no square, with or without a class token, or ``by`` does not divide its side.
+    """
+    n = tokens.shape[1]
+    side = int((n - 1) ** 0.5 + 0.5)
+    classes = int(side * side == n - 1)
+    side = side if classes else int(n**0.5 + 0.5)
+    if side * side != n - classes or side % by:
+        raise ValueError(
+            f"pool_visual_tokens: expected visual tokens in a square whose side {by} divides, got {n} tokens"
+        )
+    grid = tokens[:, classes:].transpose(1, 2).unflatten(2, (side, side))
+    pooled = F.avg_pool2d(grid, by).flatten(2).transpose(1, 2)
+    return torch.cat([tokens[:, :classes], pooled], dim=1)
+
+
+class ImagePlaces(nn.Module):
+    """Where an image stands among those of its sample: a vector for its visual tokens, and one for its prefix tokens.
+
+    Args:
+        num_places: how many places there are.
+        visual_width: of the visual tokens.
+        prefix_width: of the prefix tokens, before they become Keys and Values; None without a prefix.
+        expected: what a message says of ``num_places``.
+    """
+
+    def __init__(
+        self, num_places: int, visual_width: int, prefix_width: Optional[int] = None, expected: str = "max_images"
+    ):
+        super().__init__()
+        self.visual = nn.Parameter(torch.zeros(num_places, 1, visual_width))
+        self.prefix = None if prefix_width is None else nn.Parameter(torch.zeros(num_places, 1, prefix_width))
+        self.expected = expected
+
+    def forward(self, features: FrozenFeatures, samples: Mapping[str, Any]) -> Seen:
+        """Features of each of b * k images, and their samples, to what stands side by side.
+
+        Raises:
+            ValueError: for a place that there is not.
+        """
+        places = samples.get("image_place")
+        if places is None:
+            places = torch.zeros(len(samples["image"]), 1, dtype=torch.long)
+        highest = int(places.max())
+        if highest >= len(self.visual):
+            raise ValueError(
+                f"expected at most {len(self.visual)} images a sample (model.{self.expected}), got {highest + 1}"
+            )
+        places = places.to(features.visual_tokens.device)
+        k = places.shape[1]
+        tokens = features.visual_tokens
+        tokens = (tokens + self.visual[places.flatten()].to(tokens.dtype)).unflatten(0, (-1, k)).flatten(1, 2)
+        pooled = None if features.pooled is None else features.pooled.unflatten(0, (-1, k))
+        return Seen(tokens, pooled, places)
+
+    def key_value(
+        self, generator: PrefixGenerator, pooled: Tensor, places: Tensor, own_softmax: bool
+    ) -> Tuple[Tensor, Tensor]:
+        """Features (b, k, …) of images at their places (b, k) to Keys and Values of all their prefixes, each
+        (b, h, k * p, d), or (c, b, h, k * p, d) per layer."""
+        tokens = generator.tokens(pooled.flatten(0, 1))  # (b * k, p, hidden)
+        if self.prefix is not None:
+            tokens = tokens + self.prefix[places.flatten()]
+        key, value = generator.project(tokens, own_softmax)
+        return _side_by_side(key, places.shape[1]), _side_by_side(value, places.shape[1])
+
+
+def _side_by_side(of_each: Tensor, k: int) -> Tensor:
+    """(…, b * k, h, p, d) -> (…, b, h, k * p, d)"""
+    return of_each.unflatten(-4, (-1, k)).transpose(-4, -3).flatten(-3, -2)
