@@ -56,7 +56,9 @@ def each_image_once(batch: Dict[str, Any], samples: Sequence[Dict[str, Any]]) ->
     numbers: Dict[int, int] = {}
     index = [numbers.setdefault(id(sample["image"]), len(numbers)) for sample in samples]
     firsts = [index.index(number) for number in range(len(numbers))]
-    of_images: Dict[str, Any] = {key: batch[key][firsts] for key in ("image", "image_mask", "image_place") if key in batch}
+    of_images: Dict[str, Any] = {
+        key: batch[key][firsts] for key in ("image", "image_mask", "image_place") if key in batch
+    }
     of_images["image_index"] = torch.tensor(index)
     if "image_key" in batch:
         of_images["image_key"] = [batch["image_key"][first] for first in firsts]
