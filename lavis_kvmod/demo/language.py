@@ -49,7 +49,7 @@ class LanguageRecipe:
     ffn_dim: int = 512
     max_positions: int = 128
     vocab_size: int = 512  # at most; the corpus needs fewer
-    steps: int = 250
+    steps: int = 150
     batch_size: int = 64
     learning_rate: float = 2e-3
     weight_decay: float = 0.01

@@ -29,8 +29,10 @@ from lavis_kvmod.system.paths import absolute, resource
 from lavis_kvmod.system.precision import (
     autocast,
     computes_in,
+    converts,
     cpu_has_bf16,
     frozen_dtype_on_cpu,
+    no_autocast,
     stored_dtype,
     surrounding_autocast,
 )
@@ -304,11 +306,19 @@ class KVModBase(Blip2Base):
         return cast(Tensor, self.ln_vision.weight).device
 
     def autocast_for(self, part: nn.Module) -> ContextManager[None]:
-        """The context that a part computes in: see `computes_in`. A surrounding autocast (the run's) stays in force."""
+        """The context that a part computes in: see `computes_in`. A surrounding autocast (the run's) stays in force but
+        for a part that has nothing to convert: no weight of it, and no activation, is converted at a step."""
         device_type = self.device.type
         surrounding, stored = surrounding_autocast(device_type), stored_dtype(part)
         dtype = computes_in(stored, surrounding)
+        weights = (weight.dtype for run in self._run_inside(part) for weight in run.parameters())
+        if not converts(weights, dtype):
+            return no_autocast(device_type)
         return autocast(device_type, None if dtype in (surrounding, torch.float32) else dtype)
+
+    def _run_inside(self, part: nn.Module) -> List[nn.Module]:
+        """The modules that are run where a part is."""
+        return [part]
 
     def float(self) -> "KVModBase":
         """What LAVIS's ``load_model`` calls for the CPU: trained parameters in float32, frozen half-precision ones in

@@ -91,6 +91,11 @@ class SoftPromptModel(KVModBase):
         nothing = of_image.new_zeros(len(of_image), 0, self.opt_model.config.word_embed_proj_dim)
         return nothing, self.gated_layers.within(self.opt_model, of_image)
 
+    def _run_inside(self, part: nn.Module) -> List[nn.Module]:
+        """Gated layers, which are trained in float32, stand between the language model's own."""
+        inside = super()._run_inside(part)
+        return [*inside, self.gated_layers] if part is self.opt_model and self.gated_layers is not None else inside
+
     def _language_loss(
         self, soft_prompt: Tensor, text: TextBatch, row_weights: Optional[Tensor], image_of: Optional[Tensor] = None
     ) -> Dict[str, Tensor]:

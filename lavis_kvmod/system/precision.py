@@ -6,7 +6,7 @@
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Tuple
+from typing import Any, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,15 @@ def computes_in(stored: torch.dtype, surrounding: Optional[torch.dtype]) -> torc
     return stored if surrounding is None else surrounding
 
 
+def converts(stored: Iterable[torch.dtype], computes: torch.dtype) -> bool:
+    """Whether a part needs autocast to compute in ``computes``: not where all of its weights are stored in that.
+
+    It then gives the same numbers without: norms, which autocast computes in float32 on a GPU, add up in float32 in any
+    case, and what they give is rounded at once, not after it has been kept for the backward pass.
+    """
+    return any(dtype != computes for dtype in stored)
+
+
 def stored_dtype(part: nn.Module) -> torch.dtype:
     """What the weights of matrices and convolutions are stored in; norms and biases may be in float32 all the same."""
     for module in part.modules():
@@ -76,6 +85,17 @@ def autocast(device_type: str, dtype: Optional[torch.dtype]) -> Iterator[None]:
             torch.clear_autocast_cache()
         torch.set_autocast_enabled(device_type, before[0])
         torch.set_autocast_dtype(device_type, before[1])
+
+
+@contextmanager
+def no_autocast(device_type: str) -> Iterator[None]:
+    """What is stored computes as it is stored, whatever surrounds."""
+    before = torch.is_autocast_enabled(device_type)
+    torch.set_autocast_enabled(device_type, False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device_type, before)
 
 
 def needs_grad_scaler(amp: Any, device_type: str) -> bool:

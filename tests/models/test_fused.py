@@ -4,8 +4,11 @@ import pytest
 import torch
 from lavis.models import eva_vit
 from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lavis_kvmod.models import base
 from lavis_kvmod.models.language.opt import FrozenOPT
+from lavis_kvmod.models.language.text import caption_batch
 from lavis_kvmod.models.vision.attention import FusedAttention, use_fused_attention
 from lavis_kvmod.runners.optimizers import adamw, has_fused_adamw
 
@@ -65,3 +68,39 @@ def test_adamw_is_fused_where_it_can_be_and_computes_the_same():
             optimizer.step()
         weights.append(weight.detach())
     assert optimizer.defaults["fused"] is None and torch.allclose(*weights, rtol=0, atol=1e-7)
+
+
+class Conversions(TorchDispatchMode):
+    """Counts conversions between float types, and those of tensors that are a module's weights."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._weights = {weight.data_ptr() for weight in module.parameters()}
+        self.of_weights = self.all = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") not in (None, args[0].dtype):
+            self.all += 1
+            self.of_weights += args[0].data_ptr() in self._weights
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("opt_precision, converted", [("bf16", False), ("fp32", True)])
+def test_an_opt_stored_in_what_is_computed_in_converts_nothing(build, images, opt_precision, converted, monkeypatch):
+    """bf16 on the CPU stands for either half precision on a GPU; the numbers are those under autocast."""
+    model = build(opt_precision=opt_precision, vit_precision="bf16")
+    batch = {"image": images(2), "text_input": ["a photo of two cats", "a dog"]}
+    found = []
+    for always in (False, True):
+        if always:
+            monkeypatch.setattr(base, "converts", lambda *_: True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            soft_prompt = model.eval().encode(batch).soft_prompt.detach().requires_grad_()
+            text = caption_batch(model.opt_tokenizer, batch["text_input"], "", 32, "cpu")
+            with Conversions(model.opt_model) as seen:
+                loss = model._language_loss(soft_prompt, text, None)["loss"]
+        loss.backward()
+        found.append((loss.detach(), soft_prompt.grad, seen))
+    torch.testing.assert_close(found[0][:2], found[1][:2], rtol=2e-2, atol=2e-3)
+    # Beside the layers: the embedded soft prompt, and the logits into float32.
+    assert (found[0][2].of_weights > 0) == converted and (found[0][2].all > 2) == converted

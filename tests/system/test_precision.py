@@ -47,6 +47,15 @@ def test_stored_dtype_is_that_of_the_matrices():
     assert precision.stored_dtype(torch.nn.LayerNorm(4)) is FP32
 
 
+def test_autocast_is_for_what_is_stored_otherwise():
+    assert not precision.converts([BF16, BF16], BF16) and not precision.converts([FP32], FP32)
+    assert precision.converts([BF16, FP32], BF16) and precision.converts([FP16], BF16)
+    with precision.autocast("cpu", BF16):
+        with precision.no_autocast("cpu"):
+            assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype is FP32
+        assert precision.surrounding_autocast("cpu") is BF16
+
+
 def test_autocast_ends_where_it_began():
     assert precision.surrounding_autocast("cpu") is None
     with precision.autocast("cpu", BF16):
