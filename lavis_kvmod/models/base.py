@@ -34,6 +34,7 @@ from lavis_kvmod.system.precision import (
     frozen_dtype_on_cpu,
     no_autocast,
     stored_dtype,
+    stored_dtypes,
     surrounding_autocast,
 )
 from lavis_kvmod.weights import finding
@@ -311,8 +312,7 @@ class KVModBase(Blip2Base):
         device_type = self.device.type
         surrounding, stored = surrounding_autocast(device_type), stored_dtype(part)
         dtype = computes_in(stored, surrounding)
-        weights = (weight.dtype for run in self._run_inside(part) for weight in run.parameters())
-        if not converts(weights, dtype):
+        if not converts([weights for run in self._run_inside(part) for weights in stored_dtypes(run)], dtype):
             return no_autocast(device_type)
         return autocast(device_type, None if dtype in (surrounding, torch.float32) else dtype)
 

@@ -6,7 +6,7 @@
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -56,11 +56,24 @@ def converts(stored: Iterable[torch.dtype], computes: torch.dtype) -> bool:
 
 def stored_dtype(part: nn.Module) -> torch.dtype:
     """What the weights of matrices and convolutions are stored in; norms and biases may be in float32 all the same."""
+    return _stored(part).get("matrix", torch.float32)
+
+
+def stored_dtypes(part: nn.Module) -> List[torch.dtype]:
+    """That, and what the weights of norms are stored in."""
+    return list(_stored(part).values())
+
+
+def _stored(part: nn.Module) -> Dict[str, torch.dtype]:
+    """By the first matrix and the first norm: a part's others are stored as they are, and there are hundreds."""
+    found: Dict[str, torch.dtype] = {}
     for module in part.modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim > 1:
-            return weight.dtype
-    return torch.float32
+        if isinstance(weight, Tensor):
+            found.setdefault("matrix" if weight.ndim > 1 else "norm", weight.dtype)
+            if len(found) == 2:
+                break
+    return found
 
 
 def surrounding_autocast(device_type: str) -> Optional[torch.dtype]:
