@@ -10,10 +10,12 @@ from pathlib import Path
 import lavis
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from lavis_kvmod.commands.evaluate import evaluate
 from lavis_kvmod.commands.train import train
+from lavis_kvmod.models.settings import Stage1Settings
 from lavis_kvmod.system.lavis_paths import set_registry_path
 from lavis_kvmod.weights import files as checkpoints
 from lavis_kvmod.weights import reading
@@ -83,11 +85,11 @@ def small(model_config, finetuned):
     return options
 
 
-def one_word_changed(path: Path, tmp_path: Path) -> str:
+def one_word_changed(path: Path, tmp_path: Path, arch: str = "blip2_opt") -> str:
     text = path.read_text()
-    assert text.count("arch: blip2_opt\n") == 1
+    assert text.count(f"arch: {arch}\n") == 1
     changed = tmp_path / path.name
-    changed.write_text(text.replace("arch: blip2_opt\n", "arch: blip2_opt_kvmod\n"))
+    changed.write_text(text.replace(f"arch: {arch}\n", f"arch: {arch}_kvmod\n"))
     return str(changed)
 
 
@@ -127,6 +129,51 @@ def test_stage_2_from_a_stage_1_checkpoint(small, cache, tmp_path, build, files)
     train(one_word_changed(path, tmp_path), [*small, *size])
     (last,) = (tmp_path / "output/BLIP2/Pretrain_stage2").glob("*/checkpoint_last.pth")
     assert "opt_proj.weight" in checkpoints.read(last)["model"]
+
+
+def test_stage_2_goes_on_from_stage_2_and_says_so(build, files, tmp_path, caplog):
+    first = build()
+    ours = tmp_path / "ours.pth"
+    checkpoints.save({"model": checkpoints.trained_state_dict(first)}, ours)
+    with caplog.at_level("INFO"):
+        second = build(load_finetuned=True, finetuned=str(ours))  # ln_vision from `pretrained`
+    assert "blip2.pth (of stage 2, with its opt_proj)" in caplog.text  # LAVIS's, and then ours
+    assert "ours.pth (of stage 2, with its opt_proj)" in caplog.text
+    assert torch.equal(second.opt_proj.weight, first.opt_proj.weight)
+    with pytest.raises(
+        checkpoints.CheckpointError, match="ln_vision is frozen: name this checkpoint as model.finetuned"
+    ):
+        build(pretrained=str(ours))
+
+
+@pytest.mark.parametrize("name", ["train/pretrain_stage1", "eval/ret_coco_eval", "eval/ret_flickr_eval"])
+def test_stage_1_files_of_the_wheel(name, model_config, cache, tmp_path):
+    """LAVIS's tasks `image_text_pretrain` and `retrieval`, which asks a model for its matrices."""
+    path = PROJECTS / f"{name}.yaml"
+    sizes = {key: value for key, value in model_config().items() if key in Stage1Settings.model_fields}
+    sizes.update(bert_model="demo", from_bert=False, pretrained="null", finetuned="null", load_finetuned=False)
+    small = [f"model.{key}={value}" for key, value in sizes.items() if key != "arch" and not key.endswith("geometry")]
+    for key in ("vit_geometry", "qformer_geometry"):
+        small += [f"model.{key}.{inner}={size}" for inner, size in sizes[key].items()]
+    small += ["run.device=cpu", "run.num_workers=0", "run.batch_size_train=2", "run.batch_size_eval=2"]
+    images = cache / "coco/images"
+    for dataset, section in OmegaConf.load(path).datasets.items():
+        small += [f"datasets.{dataset}.vis_processor.{mode}.image_size=28" for mode in section.vis_processor]
+        if name.startswith("eval"):
+            files = cache / "coco/annotations/coco_karpathy"
+            small.append(f"datasets.{dataset}.build_info.images.storage={images}")
+            small += [
+                f"datasets.{dataset}.build_info.annotations.{split}.storage={files}_{split}.json"
+                for split in ("train", "val", "test")
+            ]
+    run = train if name.startswith("train") else evaluate
+    if run is train:
+        small.append("run.max_epoch=1")
+    logs = run(one_word_changed(path, tmp_path, "blip2"), small)
+    assert run is train or 0 <= logs["test"]["txt_r1"] <= 100
+    if run is train:
+        (last,) = (tmp_path / "output/BLIP2/Pretrain_stage1").glob("*/checkpoint_last.pth")
+        assert {"itm_head.weight", "kv_prefix.prefix_tokens"} <= set(checkpoints.read(last)["model"])
 
 
 def test_zero_shot_vqa_of_lavis_main(small, cache, tmp_path):

@@ -58,6 +58,9 @@ def test_every_class_is_registered(kind, name):
 def test_the_promised_names_are_in_the_table():
     assert {
         ("model", "blip2_opt_kvmod"),
+        ("model", "blip2_kvmod"),
+        ("model", "blip2_feature_extractor_kvmod"),
+        ("model", "blip2_image_text_matching_kvmod"),
         ("runner", "runner_kvmod"),
         ("task", "kvmod_vqa"),
         ("task", "kvmod_captioning"),

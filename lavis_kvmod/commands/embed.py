@@ -15,6 +15,7 @@ from lavis_kvmod.commands.launch import TOLD, ready, seed_everything, set_up_log
 from lavis_kvmod.config.loading import KVModConfig, load_config
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.cells import said
+from lavis_kvmod.models.settings import STAGE_1_ARCHS
 from lavis_kvmod.system.distributed import gather, get_rank, get_world_size, init_distributed, leaves_group, on_main
 from lavis_kvmod.system.paths import expanded
 from lavis_kvmod.system.precision import amp_dtype, autocast
@@ -27,8 +28,6 @@ from lavis_kvmod.tasks.embedding import (
     require_kind,
     write_features,
 )
-
-ARCHS = ("blip2_kvmod", "blip2_kvmod_feature_extractor", "blip2_kvmod_image_text_matching")
 
 
 class Loaded(NamedTuple):
@@ -53,8 +52,10 @@ def load(cfg_path: str, options: Sequence[str], split: str) -> Loaded:
     from lavis import tasks
 
     cfg = load_config(cfg_path, [*options, "run.evaluate=true", "run.valid_splits=[]", f"run.test_splits=[{split}]"])
-    if cfg.model_cfg.arch not in ARCHS:
-        raise BadDataError(f"model.arch: expected {ARCHS[0]}, which knows images and texts; got {cfg.model_cfg.arch}")
+    if cfg.model_cfg.arch not in STAGE_1_ARCHS:
+        raise BadDataError(
+            f"model.arch: expected {STAGE_1_ARCHS[0]}, which knows images and texts; got {cfg.model_cfg.arch}"
+        )
     init_distributed(cfg.run_cfg)
     seed_everything(cfg.run_cfg.seed)
     task = tasks.setup_task(cfg)

@@ -20,7 +20,7 @@ from lavis_kvmod.system.distributed import launched_rank
 from lavis_kvmod.system.paths import CACHE, NO_HOME, cannot_be_written, has_home
 from lavis_kvmod.system.precision import amp_problems, cuda_capability
 from lavis_kvmod.system.sharding import sharding_problems
-from lavis_kvmod.tasks.settings import TASK_SETTINGS, GenerationSettings, VQASettings
+from lavis_kvmod.tasks.settings import TASK_SETTINGS, GenerationSettings, RetrievalSettings, VQASettings
 from lavis_kvmod.weights.finding import WeightFile
 
 if TYPE_CHECKING:
@@ -220,6 +220,21 @@ def too_many_images_problems(cfg: "KVModConfig") -> List[str]:
                 f"got {takes}"
             )
     return problems
+
+
+def head_problems(cfg: "KVModConfig") -> List[str]:
+    """Whether the best are to be ranked anew by a matching head that this run does not train."""
+    declared = TASK_SETTINGS.get(cfg.run_cfg.task)
+    if declared is not RetrievalSettings or settings_of(cfg.model_cfg) is not Stage1Settings:
+        return []
+    objectives = cfg.model_cfg.get("objectives") or {}
+    k_test = RetrievalSettings.check(cfg.run_cfg)[0].k_test
+    if objectives.get("itm", 1) != 0 or not k_test:
+        return []
+    return [
+        f"run.k_test: {k_test} are ranked anew by the matching head, which model.objectives.itm: 0 does not train; "
+        "set 0, which ranks by the contrastive score alone"
+    ]
 
 
 def image_size_problems(cfg: "KVModConfig") -> List[str]:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_kvmod.config.checking import (
+    head_problems,
     image_size_problems,
     model_problems,
     name_problems,
@@ -89,7 +90,7 @@ def load_config(
     _add_image_processors(cfg)
     if not data_only:
         problems = run_problems(cfg.run_cfg, starts) + model_problems(cfg.model_cfg) + image_size_problems(cfg)
-        problems += too_long_problems(cfg) + kind_problems(cfg)
+        problems += too_long_problems(cfg) + head_problems(cfg) + kind_problems(cfg)
         tell_unread_keys(cfg.run_cfg)
     ranks = cfg.run_cfg.get("inference_method") == "rank" and not cfg.run_cfg.get("answer_list")
     # What is packed may be ranked later.

@@ -12,8 +12,9 @@ It takes and gives what LAVIS's ``blip2``, ``blip2_feature_extractor`` and ``bli
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lavis.models.blip_models.blip_outputs import BlipOutput, BlipOutputFeatures
@@ -38,6 +39,7 @@ from lavis_kvmod.models.objectives import (
     similarities,
 )
 from lavis_kvmod.models.settings import Stage1Settings
+from lavis_kvmod.models.sim_matrix import compute_sim_matrix
 from lavis_kvmod.models.vision.auxiliary import Auxiliary
 from lavis_kvmod.models.vision.feature_cache import FrozenFeatures
 from lavis_kvmod.system.distributed import all_reduce_tensor, gather_rows, get_rank, get_world_size
@@ -422,6 +424,10 @@ class Blip2KVMod(KVModBase):
     def text_features(self, texts: Texts) -> Tensor:
         """b texts -> (b, e), of unit length."""
         return self._text_features(self, texts)
+
+    def compute_sim_matrix(self, data_loader: Any, task_cfg: Any) -> Tuple[np.ndarray, np.ndarray]:
+        """What LAVIS's task ``retrieval`` asks for: see `lavis_kvmod.models.sim_matrix`."""
+        return compute_sim_matrix(self, data_loader, task_cfg.k_test)
 
 
 class Blip2KVModITM(Blip2KVMod):

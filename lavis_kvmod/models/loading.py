@@ -15,10 +15,15 @@ from lavis_kvmod.weights.reading import LoadReport
 if TYPE_CHECKING:
     from lavis_kvmod.models.base import KVModBase
 
-# What stage 1 of BLIP-2 trains beside the Q-Former's query side (lavis/models/blip2_models/blip2_qformer.py).
 # What remembered features hang on.
 _TOWERS = ("visual_encoder.", "ln_vision.", "aux_encoder.")
 
+_NO_LN_VISION = (
+    "What a run saves is what it has trained, and ln_vision is frozen: name this checkpoint as model.finetuned (with "
+    "load_finetuned: true), and as model.pretrained the one that the run started from"
+)
+
+# What stage 1 of BLIP-2 trains beside the Q-Former's query side (lavis/models/blip2_models/blip2_qformer.py).
 _STAGE_1_ONLY = re.compile(
     r"Qformer\.(cls|bert\.embeddings\.(word|position)_embeddings|bert\.encoder\.layer\.\d+\.(intermediate|output))\."
     r"|(vision_proj|text_proj|itm_head)\.|temp$"
@@ -88,7 +93,12 @@ def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -
     absent = tuple(g for g in groups if not any(key.startswith(g) for key in state))
     may_lack = {key for key in model.state_dict() if key.startswith(absent)}
     may_lack |= {name for name, _ in model.named_buffers()}
-    report = reading.load_weights(model, state, source=source, may_lack=may_lack)
+    try:
+        report = reading.load_weights(model, state, source=source, may_lack=may_lack)
+    except files.CheckpointError as error:
+        if model.ln_vision_loaded or any(key.startswith("ln_vision.") for key in state):
+            raise
+        raise files.CheckpointError(f"{error}\n{_NO_LN_VISION}") from error
     model.ln_vision_loaded = True
     if model.feature_cache is not None and any(key.startswith(_TOWERS) for key in state):  # not in what we save
         model.feature_cache.clear()

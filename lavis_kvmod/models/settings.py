@@ -442,13 +442,15 @@ class Stage1Settings(ImageSideSettings):
         return bert_files(self.bert_model)
 
 
+# Stage 1, and what stands for LAVIS's `blip2_feature_extractor` and `blip2_image_text_matching`, by two names each.
+STAGE_1_ARCHS = (
+    "blip2_kvmod",
+    *("blip2_kvmod_feature_extractor", "blip2_feature_extractor_kvmod"),
+    *("blip2_kvmod_image_text_matching", "blip2_image_text_matching_kvmod"),
+)
+
 # The archs of this package, and the keys of their model section.
-SETTINGS: Dict[str, Type[ImageSideSettings]] = {
-    ARCH: ModelSettings,
-    "blip2_kvmod": Stage1Settings,
-    "blip2_kvmod_feature_extractor": Stage1Settings,
-    "blip2_kvmod_image_text_matching": Stage1Settings,
-}
+SETTINGS: Dict[str, Type[ImageSideSettings]] = {ARCH: ModelSettings, **dict.fromkeys(STAGE_1_ARCHS, Stage1Settings)}
 
 
 def settings_of(model: Mapping[str, Any]) -> Optional[Type[ImageSideSettings]]:
@@ -461,6 +463,7 @@ __all__ = [
     "ARCH",
     "PREFIX_GATES",
     "SETTINGS",
+    "STAGE_1_ARCHS",
     "ImageSideSettings",
     "ModelSettings",
     "MomentumSettings",

@@ -137,6 +137,12 @@ def test_what_stage_1_cannot_start_from_is_told(tmp_path):
     )
 
 
+def test_a_head_that_is_not_trained_ranks_nothing():
+    (told,) = problems("run.k_test=16", path="projects/kvmod/demo_stage1.yaml")
+    assert told.startswith("run.k_test: 16 are ranked anew by the matching head, which model.objectives.itm: 0")
+    load_config("projects/kvmod/demo_stage1.yaml", ["run.k_test=16", "model.objectives.itm=1"])
+
+
 def test_stage_1_needs_what_its_objectives_need():
     told = problems(
         "model.objectives={itc: 0, itm: 1}",

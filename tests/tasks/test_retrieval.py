@@ -58,7 +58,10 @@ def test_scores_are_lavis(stock, monkeypatch, texts_at_once):
 
     with torch.no_grad():
         i2t, t2i = stock.compute_sim_matrix(Loader(), SimpleNamespace(k_test=3))
-        found = retrieval.retrieve(ours_like(stock).eval(), TEXTS, len(IMAGES), batches(), k_test=3)["itm"]
+        ours = ours_like(stock).eval()
+        found = retrieval.retrieve(ours, TEXTS, len(IMAGES), batches(), k_test=3)["itm"]
+        for matrix, expected in zip(ours.compute_sim_matrix(Loader(), SimpleNamespace(k_test=3)), (i2t, t2i)):
+            assert abs(matrix - expected).max() <= 1e-5  # as LAVIS's own task is given them
     assert (dense(found.texts, len(TEXTS)) - torch.as_tensor(i2t)).abs().max() <= 1e-5
     assert (dense(found.images, len(IMAGES)) - torch.as_tensor(t2i)).abs().max() <= 1e-5
     assert (found.texts.scores.diff(dim=1) <= 0).all() and (found.images.scores.diff(dim=1) <= 0).all()
