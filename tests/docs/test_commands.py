@@ -262,5 +262,14 @@ def test_what_a_cpu_can_run_runs(page, reader):
             assert run(command, reader) == expected, command.text
 
 
+@pytest.mark.slow
+def test_the_first_ten_minutes_python_asks_the_demos_model(reader, capsys):
+    text = (ROOT / "docs" / "first_ten_minutes.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(code, {})
+    said = re.search(r"^a green one on pink paper -> \['(\w+)'\]$", capsys.readouterr().out, re.MULTILINE)
+    assert said and f"{said[0].partition('->')[0]}-> ['green']" in text  # what a whole training answers
+
+
 def test_most_of_what_needs_no_gpu_is_run():
     assert all(resolve_config(path).is_file() for path in STAND_INS.values()) and len(TO_RUN) >= 15
