@@ -47,6 +47,7 @@ class Row:
     hf: Optional[Dict[str, Any]] = None
     stock_runs: Optional[int] = None  # where one run of it is long
     stock_times: float = 1.0  # what is timed of it is multiplied by this
+    geometry: Optional[str] = None  # where it is not the run's; such a row is measured if it is named alone
 
 
 def rows_for(device: str, has_bf16: bool) -> List[Row]:
@@ -82,6 +83,10 @@ def rows_for(device: str, has_bf16: bool) -> List[Row]:
     ]
     if has_bf16:
         rows += [replace(caption, precision="bf16"), replace(captioning, precision="bf16", stock_runs=1)]
+        full = dict(images=1, precision="bf16", geometry="full size", hf=None)
+        of_one = "full size, one image captioned, beam 5, 20 tokens"
+        rows.append(replace(captioning, work="full_caption", title=of_one, stock_runs=1, **full))
+        rows.append(replace(prefix, work="full_prefix", title="full size, a forward with the prefix", **full))
     return rows
 
 
@@ -564,7 +569,7 @@ def main() -> int:
     about = {"machine": name, "geometry": geometry, "threads": torch.get_num_threads(), "versions": versions()}
     results = ResultFile(Path(args.output) if args.output else RESULTS / f"{name}.json", about)
     bench, runs = Bench(geometry, args.device), 1 if args.quick else args.runs
-    rows = [row for row in rows_for(args.device, has_bf16) if not args.rows or row.work in args.rows]
+    rows = chosen(rows_for(args.device, has_bf16), args.rows)
     peaks: Dict[str, float] = {}
     hf: Optional[HFSide] = None
     for row in rows:
@@ -572,6 +577,8 @@ def main() -> int:
         label = f"[{time.monotonic() - start:4.0f} s] {row.work} {row.precision} batch {row.images}:"
         if (args.hf and not row.hf) or (args.keep and wanted in (results.find(key_of(row)) or {})):
             continue
+        if (args.geometry or row.geometry or geometry) != bench.geometry:  # the last ones: the models before make room
+            bench = Bench(args.geometry or row.geometry or geometry, args.device)
         sides = Sides(lambda text, label=label: print(label, text, flush=True))
         if args.hf:
             if hf is None or hf.precision != row.precision:
@@ -589,9 +596,15 @@ def main() -> int:
             results.save()
     if hf is not None:
         hf.close()
-    measure_memory(args, bench, results)
+    measure_memory(args, Bench(geometry, args.device), results)
     print(f"{results.path}: {len(results.content['rows'])} rows, {time.monotonic() - start:.0f} s")
     return 0
+
+
+def chosen(rows: List[Row], named: Optional[List[str]]) -> List[Row]:
+    """Those named; else all that have the run's geometry. Those of one geometry come together."""
+    found = [row for row in rows if (row.work in named if named else row.geometry is None)]
+    return sorted(found, key=lambda row: row.geometry or "")
 
 
 def measure_memory(args: argparse.Namespace, bench: Bench, results: ResultFile) -> None:

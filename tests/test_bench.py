@@ -31,6 +31,14 @@ def test_every_row_can_be_made_ready_and_has_a_place_of_its_own(bench):
     assert {row.precision for row in bench["rows_for"]("cpu", has_bf16=False)} == {"fp32"}
 
 
+def test_the_full_size_on_a_cpu_is_measured_if_it_is_named(bench):
+    rows, chosen = bench["rows_for"]("cpu", has_bf16=True), bench["chosen"]
+    assert {row.geometry for row in chosen(rows, None)} == {None}
+    named = chosen(rows, ["full_prefix", "rank", "full_caption"])
+    assert [row.work for row in named] == ["rank", "full_caption", "full_prefix"]
+    assert {(row.geometry, row.precision, row.images) for row in named[1:]} == {("full size", "bf16", 1)}
+
+
 def test_a_row_is_measured_in_turns_and_written_at_once(bench, tmp_path):
     order = []
 
