@@ -3,7 +3,8 @@
 import difflib
 import logging
 import os
-from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Sequence
 
 import lavis.common.optims  # noqa: F401  (registers the learning-rate schedules)
 import torch
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_kvmod.config.keys import run_settings, unread_keys
 from lavis_kvmod.datasets.checks import builder_getter
 from lavis_kvmod.models.language.positions import length_problems
-from lavis_kvmod.models.loading import stage_problem
+from lavis_kvmod.models.loading import stage_problem, text_side_problem
 from lavis_kvmod.models.settings import ARCH, ModelSettings, SettingsError, Stage1Settings, settings_of
 from lavis_kvmod.system.distributed import launched_rank
 from lavis_kvmod.system.paths import CACHE, NO_HOME, cannot_be_written, has_home
@@ -162,13 +163,15 @@ def model_problems(model: DictConfig) -> List[str]:
         return [f"model.aux_encoder: {error}"]
     problems = [problem for file in files for problem in [file.problem()] if problem]
     if isinstance(settings, Stage1Settings) and not problems:
-        problems += _stage_problems(settings.checkpoint())
+        problems += _stage_problems(settings.checkpoint(), stage_problem)
+    if isinstance(settings, ModelSettings) and settings.qformer_text_input and not problems:
+        problems += _stage_problems(settings.checkpoint(), text_side_problem)
     return problems
 
 
-def _stage_problems(checkpoint: Optional[WeightFile]) -> List[str]:
+def _stage_problems(checkpoint: Optional[WeightFile], problem_of: Callable[[Path], Optional[str]]) -> List[str]:
     path = None if checkpoint is None else checkpoint.local_path()
-    problem = None if checkpoint is None or path is None else stage_problem(path)
+    problem = None if checkpoint is None or path is None else problem_of(path)
     return [] if checkpoint is None or problem is None else [f"{checkpoint.key}: {problem}"]
 
 

@@ -29,7 +29,7 @@ class Sources(NamedTuple):
     places: Tensor  # (…, n) the visual tokens
     prefix: Tensor  # (…, p)
     queries: Tensor  # (…) the learned query tokens, which are the same for every image
-    text: Tensor  # (…) the words before; 0 for a soft prompt
+    text: Tensor  # (…) the words before; for a soft prompt those of a question that the Q-Former reads, else 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class AttentionMaps:
     ``cross`` (b, c, h, q, p + n): for each of c cross-attention layers, head and query, weights over the p prefix and
     then the n visual positions, which sum to 1. A gated prefix has a softmax of its own, whose Values are added behind
     the gate: weights are then the share of either in the sum, |tanh(g)| / (1 + |tanh(g)|) of it the prefix's.
-    ``self_attention`` (b, l, h, q, q): among the queries, in every layer.
+    ``self_attention`` (b, l, h, q, q): among the queries (and words that they are read with), in every layer.
     ``soft_prompt``: what each soft-prompt vector was made of, (b, q, …).
     ``answers``: one for each text, where there was one.
     """
@@ -114,7 +114,9 @@ def attention_maps(model: Any, samples: Dict[str, Any]) -> AttentionMaps:
     sources = _of_soft_prompt(own, cross, has_cross, num_prefix)
     answers: List[AnswerTrace] = []
     if "text_input" in samples or "answer" in samples:
-        index = samples.get("image_index", range(len(soft_prompt)))
+        index = range(len(soft_prompt))
+        if "image_index" in samples and not model.reads_questions:
+            index = samples["image_index"]
         rows = torch.as_tensor(list(index), device=soft_prompt.device)
         texts = _answers(model, samples, soft_prompt)
         answers = _trace(
@@ -154,17 +156,21 @@ def _of_soft_prompt(
     own: Sequence[Tensor], cross: Sequence[Tensor], has_cross: Sequence[bool], num_prefix: int
 ) -> Sources:
     """Rollout through the Q-Former: (b, h, q, q) and (b, h, q, p + n) maps to what each query output was made of."""
-    b, _, q, _ = own[0].shape
-    from_queries = torch.eye(q, device=own[0].device).expand(b, q, q)
-    from_image = torch.zeros(b, q, cross[0].shape[-1], device=own[0].device)
+    b, _, m, _ = own[0].shape
+    q, n = cross[0].shape[2:]  # the queries, and behind them the words of a question that the Q-Former reads
+    from_start = torch.eye(m, device=own[0].device).expand(b, m, m)
+    from_image = torch.zeros(b, m, n, device=own[0].device)
     maps = iter(cross)
     for layer, attends in zip(own, has_cross):
         mixed = _with_residual(layer)
-        from_queries, from_image = mixed @ from_queries, mixed @ from_image
+        from_start, from_image = mixed @ from_start, mixed @ from_image
         if attends:
-            from_queries, from_image = from_queries / 2, (from_image + next(maps).mean(1)) / 2
-    queries = from_queries.sum(-1)
-    return Sources(from_image[..., num_prefix:], from_image[..., :num_prefix], queries, torch.zeros_like(queries))
+            looked = (from_image[:, :q] + next(maps).mean(1)) / 2
+            from_start = torch.cat([from_start[:, :q] / 2, from_start[:, q:]], dim=1)
+            from_image = torch.cat([looked, from_image[:, q:]], dim=1)
+    from_image, from_start = from_image[:, :q], from_start[:, :q]
+    queries, words = from_start[..., :q].sum(-1), from_start[..., q:].sum(-1)
+    return Sources(from_image[..., num_prefix:], from_image[..., :num_prefix], queries, words)
 
 
 def _with_residual(weights: Tensor) -> Tensor:
@@ -206,7 +212,7 @@ def _trace(
                 answer,
                 [tokenizer.decode([token]) for token in ids[row]],
                 torch.stack([layer[row, :, at, :q].float() for layer in layers]),
-                of_prompt._replace(text=1 - prompt.sum(-1)),
+                of_prompt._replace(text=1 - prompt.sum(-1) + prompt @ sources.text[row]),
             )
         )
     return traces

@@ -44,6 +44,7 @@ class Blip2OPTKVMod(SoftPromptModel):
 
     Args:
         opt_model, opt_tokenizer: the frozen language model (the tokenizer may be None in a model only to be counted).
+        qformer_tokenizer: of a Q-Former with a text side, which then reads the question beside its queries.
         kv_prefix, aux_encoder: prefix generator and the encoder it reads; both None for stock BLIP-2.
         aux_tokens: in the generator's place, the encoder's features as tokens.
         gated_layers: cross-attention to the connector's output, in the place of ``opt_proj`` and the soft prompt.
@@ -70,6 +71,7 @@ class Blip2OPTKVMod(SoftPromptModel):
         *,
         opt_model: FrozenOPT,
         opt_tokenizer: Any,
+        qformer_tokenizer: Any = None,
         kv_prefix: Optional[PrefixGenerator] = None,
         aux_encoder: Optional[Auxiliary] = None,
         aux_tokens: Optional[AuxTokens] = None,
@@ -91,13 +93,11 @@ class Blip2OPTKVMod(SoftPromptModel):
             self.opt_proj = nn.Linear(self.Qformer.hidden_size, opt_model.config.word_embed_proj_dim)
         self.aux_tokens = aux_tokens
         self._add_prefix(kv_prefix, aux_encoder, prefix_gate, aux_tokens, getattr(gated_layers, "kv_prefix", None))
-        self.opt_tokenizer = opt_tokenizer
+        self.opt_tokenizer, self.qformer_tokenizer = opt_tokenizer, qformer_tokenizer
         if opt_tokenizer is not None:  # None only in a model that is there to be counted
             self.eos_token_id = opt_tokenizer("\n", add_special_tokens=False).input_ids[0]
-        self.prompt = prompt
-        self.max_txt_len = max_txt_len
-        self.answer_loss = answer_loss
-        self.split_texts = split_texts
+        self.prompt, self.max_txt_len = prompt, max_txt_len
+        self.answer_loss, self.split_texts = answer_loss, split_texts
         self._freeze()
 
     @classmethod
@@ -118,17 +118,17 @@ class Blip2OPTKVMod(SoftPromptModel):
         """
         groups = by_number(samples)
         if len(groups) > 1:
-            return together(
-                [rows for rows, _ in groups], [self.encode(own, with_prefix=with_prefix) for _, own in groups]
-            )
-        features, aux = self.seen(groups[0][1]), self.aux_tokens
-        pooled = features.pooled if with_prefix else None
+            encoded = [self.encode(own, with_prefix=with_prefix) for _, own in groups]
+            return together([rows for rows, _ in groups], encoded)
+        features, text = self._with_text(self.seen(groups[0][1]), samples)
+        aux, pooled = self.aux_tokens, features.pooled if with_prefix else None
         dropped = self.dropped(pooled)
         query_output = self.Qformer(
             query_embeds=joined("queries", self.queries(len(features.visual_tokens)), aux, pooled),
             encoder_hidden_states=joined("visual_tokens", features.visual_tokens, aux, pooled),
             prefix=self.prefixes(pooled, dropped, features.places),
             output_attentions=output_attentions,
+            **text,
         )
         return Encoded(query_output, self._for_language_model(query_output.last_hidden_state, pooled, dropped))
 
@@ -153,7 +153,7 @@ class Blip2OPTKVMod(SoftPromptModel):
         Raises:
             ValueError: for wrong shapes, an empty question, answer or caption, or a question without answers.
         """
-        image_of = samples.get("image_index")
+        image_of = None if self.reads_questions else samples.get("image_index")
         image_of = None if image_of is None else image_of.cpu()  # read before the encoders are waited for
         soft_prompt = self._of_images(samples)
         if "answer" in samples:
@@ -253,7 +253,7 @@ class Blip2OPTKVMod(SoftPromptModel):
         if inference_method not in INFERENCE_METHODS:
             raise ValueError(f"inference_method: expected one of {INFERENCE_METHODS}, got {inference_method!r}")
         contexts = self._question_contexts(samples, prompt)
-        soft_prompt = self.soft_prompts(samples)
+        soft_prompt = self.soft_prompts(samples, asked=True)
         if inference_method == "rank":
             with self.autocast_for(self.opt_model):
                 ranked = rank_answers(

@@ -1,7 +1,7 @@
 """From settings to parts: what LAVIS's YAML says, made into the modules that a model is put together from."""
 
 import logging
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 from lavis_kvmod.models.connectors import CONNECTORS, ConnectorSizes
 from lavis_kvmod.models.connectors.aux_tokens import AuxTokens, Place
@@ -158,9 +158,11 @@ def opt_arguments(settings: ModelSettings, *, load: bool = True) -> Dict[str, An
         use_grad_checkpoint=settings.opt_grad_checkpoint,
         load=load,
     )
+    qformer_tokenizer, vocabulary = _bert(settings.bert_model, load) if settings.qformer_text_input else (None, None)
     image_side = build_image_side(
         settings,
         load=load,
+        vocab_size=vocabulary,
         connector=settings.connector,
         geometry=settings.connector_geometry,
         output_width=opt_model.config.word_embed_proj_dim,
@@ -171,6 +173,7 @@ def opt_arguments(settings: ModelSettings, *, load: bool = True) -> Dict[str, An
     return dict(
         opt_model=opt_model,
         opt_tokenizer=opt_tokenizer,
+        qformer_tokenizer=qformer_tokenizer,
         aux_tokens=image_side.aux_tokens,
         prefix_dropout=settings.prefix_dropout,
         gated_layers=_gated_layers(settings, opt_model, image_side),
@@ -211,15 +214,20 @@ def _gated_layers(settings: ModelSettings, opt: FrozenOPT, image_side: ImageSide
     return gated
 
 
+def _bert(name: str, load: bool) -> Tuple[Any, int]:
+    """The tokenizer of a text side, None if there is nothing to be loaded; and the size of its vocabulary."""
+    tokenizer = load_bert_tokenizer(name) if load else None
+    return tokenizer, BLIP2_VOCABULARY if tokenizer is None else len(tokenizer)
+
+
 def stage_1_arguments(settings: Stage1Settings, *, load: bool = True) -> Dict[str, Any]:
     """The arguments of `Blip2KVMod`: the image side, a Q-Former that also reads texts, and its objectives.
 
     Raises:
         MissingWeightsError, CheckpointError: as `build_image_side`; also for BERT's files.
     """
-    tokenizer = load_bert_tokenizer(settings.bert_model) if load else None
-    vocabulary = BLIP2_VOCABULARY if tokenizer is None else len(tokenizer)
-    image_side = build_image_side(settings, load=load, vocab_size=vocabulary)
+    tokenizer, vocabulary = _bert(settings.bert_model, load)
+    image_side = build_image_side(settings, load=load, vocab_size=vocabulary, word_head=True)
     if load and settings.from_bert and settings.checkpoint() is None:
         start_from_bert(image_side.connector, settings.bert_model)
     momentum = None if settings.momentum is None else MomentumSettings.of(settings.momentum)

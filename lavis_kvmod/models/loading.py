@@ -78,7 +78,8 @@ def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -
     stage_2 = not hasattr(model, "itm_head")
     if stage_2 and "itm_head.weight" in state:  # stage 1's
         groups.append("opt_proj.")
-        state = {key: value for key, value in state.items() if not _STAGE_1_ONLY.match(key)}
+        own = model.state_dict()  # with a text side, where its Q-Former reads questions
+        state = {key: value for key, value in state.items() if key in own or not _STAGE_1_ONLY.match(key)}
     if _has_qformer(state) and not _has_qformer(model.state_dict()):
         logging.warning(
             "%s has a Q-Former, which this model's connector is not: its image encoder and norm are taken from there "
@@ -114,6 +115,23 @@ def load_state(model: "KVModBase", state: StateDict, source: Union[str, Path]) -
     )
     logging.info("loaded checkpoint %s%s", source, f" ({of})" if of else "")
     return report
+
+
+def text_side_problem(path: Path) -> Optional[str]:
+    """What keeps a Q-Former that reads questions from starting from a file: that it has no text side. As
+    `stage_problem` it leaves alone what cannot be looked into at once."""
+    if path.is_dir() or not files.can_be_mapped(path):
+        return None
+    try:
+        state = files.model_tensors(files.read(path, mmap=True), path)
+    except files.CheckpointError:
+        return None
+    if not _has_qformer(state) or "Qformer.bert.embeddings.word_embeddings.weight" in state:
+        return None
+    return (
+        f"{path} has a Q-Former without a text side, and qformer_text_input hands it questions; name a stage-1 "
+        "checkpoint (blip2_pretrained.pth), or one that was trained with qformer_text_input"
+    )
 
 
 def _require_same_prefix(given: StateDict, own: StateDict, source: Union[str, Path]) -> None:

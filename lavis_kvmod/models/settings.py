@@ -258,6 +258,14 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
     gated_every: int = key(
         4, "with `gated_cross_attention`, in front of every how many of OPT's layers one stands", gt=0
     )
+    qformer_text_input: bool = key(
+        False,
+        "hand the question to the Q-Former, too, beside its queries (BLIP-2's own VQA finetuning, InstructBLIP); needs "
+        "a checkpoint with a text side, such as stage 1's",
+    )
+    bert_model: str = key(
+        "bert-base-uncased", "with `qformer_text_input`: Hugging Face name, or a local folder, of the tokenizer"
+    )
     prefix_dropout: float = key(
         0.0, "the share of samples that are trained without their prefix, drawn anew in each batch", ge=0, lt=1
     )
@@ -338,6 +346,8 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
             found += self._of_no_use(("max_images", "pool_visual_tokens"), why)
         elif self.fusion != "soft_prompt":
             found += self._of_no_use(("max_images",), f"fusion: {self.fusion} takes one image a sample")
+        if self.qformer_text_input:
+            found += self._of_no_use(("max_images",), "qformer_text_input takes one image a sample")
         if self.aux_tokens:
             found += self._of_no_use(
                 ("max_images",), f"aux_fusion: {self._fusion} takes one image a sample; set prefix"
@@ -348,6 +358,11 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
         if self.connector not in CONNECTORS:
             return [CONNECTORS.unknown(self.connector)]
         found = self.connector_kind.geometry_problems(self.connector, self.connector_geometry)
+        if self.qformer_text_input and self.connector != "qformer":
+            found.append(f"qformer_text_input: connector {self.connector} reads no text; expected connector: qformer")
+        positions = self.qformer_geometry.get("max_position_embeddings", BERT_POSITIONS)
+        if self.qformer_text_input and isinstance(positions, int) and self.max_txt_len > positions:
+            found.append(f"max_txt_len: expected at most BERT's {positions} positions, got {self.max_txt_len}")
         if self.fusion == "soft_prompt":
             found += self._of_no_use(("gated_every",), "read with fusion: gated_cross_attention alone")
         takes = {"tokens": True, "prefix": self._takes_prefix}.get(self._fusion, self.connector_kind.attends)
@@ -370,6 +385,10 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
         else:
             found += self._of_no_use(("num_aux_tokens",), "of tokens, and the features come as a prefix")
         return found
+
+    def weight_files(self) -> List[WeightFile]:
+        """As for all models, and the tokenizer of a Q-Former that reads questions."""
+        return [*super().weight_files(), *([bert_files(self.bert_model)] if self.qformer_text_input else [])]
 
     def language_files(self) -> WeightFile:
         """The frozen language model's folder."""

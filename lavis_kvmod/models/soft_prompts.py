@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from typing import Any, ContextManager, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
+import torch
 from torch import Tensor, nn
 
 from lavis_kvmod.models.base import KVModBase
@@ -15,7 +16,7 @@ from lavis_kvmod.models.language.opt import FrozenOPT
 from lavis_kvmod.models.language.packing import Packing, pack, packing_pays
 from lavis_kvmod.models.language.soft_prompt import ScoredAnswer, continue_texts, token_losses
 from lavis_kvmod.models.language.text import QUESTION, Prompt, TextBatch, question_contexts
-from lavis_kvmod.models.several_images import in_order
+from lavis_kvmod.models.several_images import Seen, in_order
 
 __all__ = ["Encoded", "SoftPromptModel", "together"]
 
@@ -44,6 +45,7 @@ class SoftPromptModel(KVModBase):
     eos_token_id: int
     prompt: str
     max_txt_len: int
+    qformer_tokenizer: Any
     opt_proj: Optional[nn.Linear]
     aux_tokens: Optional[AuxTokens]
     gated_layers: Optional[GatedLayers]
@@ -52,19 +54,62 @@ class SoftPromptModel(KVModBase):
         """How many samples a batch has: texts, where ``image_index`` tells which image each belongs to, else images."""
         return len(samples["image_index"] if "image_index" in samples else samples["image"])
 
-    def soft_prompts(self, samples: Dict[str, Any]) -> Tensor:
+    def soft_prompts(self, samples: Dict[str, Any], asked: bool = False) -> Tensor:
         """The soft prompt of each sample, (b, q, width). An image is encoded once, however many samples show it
-        (``image_index`` (b,)), and not at all if `encoded` has been given the batch."""
-        soft_prompt = self._of_images(samples)
-        return soft_prompt[samples["image_index"]] if "image_index" in samples else soft_prompt
+        (``image_index`` (b,)), and not at all if `encoded` has been given the batch.
 
-    def _of_images(self, samples: Dict[str, Any]) -> Tensor:
-        """The soft prompt of each image (i, q, width)."""
-        return samples["soft_prompt"] if "soft_prompt" in samples else self.encode(samples).soft_prompt
+        ``asked`` says that ``text_input`` is questions, as it is where there are answers; else it is captions.
+        """
+        soft_prompt = self._of_images(samples, asked)
+        if "image_index" not in samples or self.reads_questions:
+            return soft_prompt
+        return soft_prompt[samples["image_index"]]
+
+    def _of_images(self, samples: Dict[str, Any], asked: bool = False) -> Tensor:
+        """The soft prompt of each image (i, q, width); of each sample, where the Q-Former reads its question."""
+        if "soft_prompt" in samples:
+            return samples["soft_prompt"]
+        if not (asked or "answer" in samples):  # a caption is not to be shown
+            samples = {key: value for key, value in samples.items() if key != "text_input"}
+        return self.encode(samples).soft_prompt
 
     def encoded(self, samples: Dict[str, Any]) -> Dict[str, Any]:
         """The batch with the soft prompts of its images, for several passes (answers and a loss) over the same ones."""
-        return {**samples, "soft_prompt": self.encode(samples).soft_prompt}
+        return {**samples, "soft_prompt": self._of_images(samples)}
+
+    # ------------------------------------------------------------ a question beside the queries
+
+    @property
+    def reads_questions(self) -> bool:
+        """Whether the Q-Former reads a sample's question beside its queries (InstructBLIP, arXiv 2305.06500)."""
+        return getattr(self.Qformer, "vocab_size", None) is not None
+
+    def _with_text(self, features: Seen, samples: Mapping[str, Any]) -> Tuple[Seen, Dict[str, Any]]:
+        """Features of images as those of samples, and what the Q-Former is given beside them: the question, of a
+        caption what it begins with. Nothing is changed where it reads no text."""
+        if not self.reads_questions:
+            return features, {}
+        if "image_index" in samples:
+            rows = samples["image_index"].to(features.visual_tokens.device)
+            pooled = None if features.pooled is None else features.pooled[rows]
+            features = Seen(features.visual_tokens[rows], pooled)
+        ids, mask = self._tokenised(samples, len(features.visual_tokens))
+        mask = torch.cat([mask.new_ones(len(mask), self.num_outputs), mask], dim=1)
+        return features, {"input_ids": ids, "attention_mask": mask, "queries_only": True}
+
+    def _tokenised(self, samples: Mapping[str, Any], count: int) -> Tuple[Tensor, Tensor]:
+        """Token ids and mask (b, t), ``[CLS] … [SEP]``, padded on the right."""
+        if self.qformer_tokenizer is None:  # in a model that is there to be counted
+            ids = torch.zeros(count, self.max_txt_len, dtype=torch.long, device=self.device)
+            return ids, torch.ones_like(ids)
+        texts = samples.get("text_input", samples.get("prompt", self.prompt))
+        texts = [texts] * count if isinstance(texts, str) else list(texts)
+        if len(texts) != count:
+            raise ValueError(f"{count} images but {len(texts)} questions")
+        tokens = self.qformer_tokenizer(
+            texts, padding=True, truncation=True, max_length=self.max_txt_len, return_tensors="pt"
+        ).to(self.device)
+        return tokens.input_ids, tokens.attention_mask
 
     # ------------------------------------------------------------ the language model
 

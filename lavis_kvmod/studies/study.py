@@ -17,7 +17,7 @@ __all__ = ["Arm", "Member", "Primary", "Study", "StudySettings", "load_study"]
 _AFTER_FEATURES = (
     *("num_prefix_tokens", "prefix_gate", "prefix_sharing", "num_query_token", "qformer_geometry", "connector"),
     *("connector_geometry", "aux_fusion", "num_aux_tokens", "prefix_dropout", "opt_model", "opt_precision", "prompt"),
-    *("fusion", "gated_every"),
+    *("fusion", "gated_every", "qformer_text_input", "bert_model"),
     *("max_txt_len", "answer_loss", "model_type"),
     *("feature_cache_gib", "opt_grad_checkpoint"),
 )

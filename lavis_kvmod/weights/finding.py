@@ -39,6 +39,7 @@ class WeightFile:
         key: the config key that takes a local path.
         is_hf_folder: the source is a Hugging Face folder or repository name.
         build: makes the file on this machine, in place of a source (the demo's parts are trained on first use).
+        look: what is wrong with a folder, as far as a look tells, or None; by default that of an OPT's or BLIP-2's.
     """
 
     part: str
@@ -46,6 +47,7 @@ class WeightFile:
     key: str
     is_hf_folder: bool = False
     build: Optional[Callable[[], Path]] = None
+    look: Optional[Callable[[Path], Optional[str]]] = None
     sha256: Optional[str] = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -103,9 +105,9 @@ class WeightFile:
         if path is None:
             return None
         if path.is_dir():
-            problem = folder_problem(path, language_model=self.is_hf_folder)
+            problem = self.look(path) if self.look else folder_problem(path, language_model=self.is_hf_folder)
         elif self.is_hf_folder:
-            problem = f"expected the folder of an OPT model, got the file {path}"
+            problem = f"expected the folder of {self.part if self.look else 'an OPT model'}, got the file {path}"
         else:
             problem = quick_problem(path)
         return problem and f"{self.key}: {problem}"

@@ -265,6 +265,7 @@ class QFormerModel(nn.Module):
         is_decoder: bool = False,
         use_cache: bool = False,
         output_attentions: bool = False,
+        queries_only: bool = False,
     ) -> QFormerOutput:
         """Run queries (b, q, hidden) and/or text (b, t) over visual tokens (b, n, width).
 
@@ -277,6 +278,7 @@ class QFormerModel(nn.Module):
             prefix: one `KVPrefix` for each cross-attention layer, in order; None is stock BLIP-2.
             past_key_values: one (K, V) a layer, as returned with ``use_cache``: the queries' (and earlier text's).
             is_decoder: text sees the queries and earlier text, queries see each other (UniLM's mask).
+            queries_only: give the queries' hidden states (b, q, hidden) alone.
 
         Raises:
             ValueError: without any input, or if the number of prefixes is not that of cross-attention layers.
@@ -311,7 +313,8 @@ class QFormerModel(nn.Module):
                 **masks,
             )
             traces.append(trace)
-        return _output(hidden_states, traces, use_cache, output_attentions)
+        told = hidden_states[:, :num_queries] if queries_only else hidden_states
+        return _output(told, traces, use_cache, output_attentions)
 
     def _check(
         self, query_embeds: Optional[Tensor], input_ids: Optional[Tensor], prefix: Optional[Sequence[KVPrefix]]
@@ -457,7 +460,7 @@ def build_qformer(settings: Any, sizes: ConnectorSizes) -> QFormer:
         encoder_width=sizes.visual_width,
         num_queries=sizes.num_queries,
         vocab_size=sizes.vocab_size,
-        word_head=sizes.vocab_size is not None,
+        word_head=sizes.word_head,
         **settings.qformer_geometry,
     )
 

@@ -15,8 +15,8 @@ class ConnectorSizes(NamedTuple):
 
     ``visual_width`` and ``num_visual_tokens`` are those of the visual tokens (None where the image encoder does not
     say how many it gives), ``num_queries`` is ``num_query_token``, ``output_width`` that of the language model's
-    embeddings. For a text side of its own, ``vocab_size`` is the size of the vocabulary. ``geometry`` is the run file's
-    ``connector_geometry``.
+    embeddings. For a text side of its own, ``vocab_size`` is the size of the vocabulary, and ``word_head`` asks for
+    words out of it too. ``geometry`` is the run file's ``connector_geometry``.
     """
 
     visual_width: int
@@ -25,6 +25,7 @@ class ConnectorSizes(NamedTuple):
     num_visual_tokens: Optional[int] = None
     output_width: Optional[int] = None
     geometry: Mapping[str, Any] = {}
+    word_head: bool = False
 
 
 class NoSizes(Settings):

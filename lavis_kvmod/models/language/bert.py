@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -30,9 +30,15 @@ def _demo_words() -> Path:
 
 def bert_files(name: str) -> WeightFile:
     """Where tokenizer and weights come from: a local folder, a Hugging Face name, or the demo's own words."""
-    return WeightFile(
-        "BERT", name, "model.bert_model", is_hf_folder=True, build=_demo_words if name == "demo" else None
-    )
+    build = _demo_words if name == "demo" else None
+    return WeightFile("BERT", name, "model.bert_model", is_hf_folder=True, build=build, look=_vocabulary_problem)
+
+
+def _vocabulary_problem(folder: Path) -> Optional[str]:
+    """What is wrong with a folder of BERT's: of this all need the tokenizer, and weights only some."""
+    if any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
+        return None
+    return f"expected BERT's vocab.txt or tokenizer.json in {folder}, got neither"
 
 
 def load_bert_tokenizer(name: str) -> Any:
