@@ -111,6 +111,7 @@ def test_every_key_is_read_by_a_run(write_run, read, monkeypatch):  # noqa: F811
     distributed.init_distributed(cfg.run_cfg)
     of_these_runs = (ModelSettings, RunnerSettings, VQASettings, CaptioningSettings)
     declared = {key.name for settings in of_these_runs for key in settings.keys()}
+    declared.remove("bert_model")  # where the Q-Former reads questions: tests/models/test_question_in_the_qformer.py
     assert declared - read - set(NOT_WATCHED) == set()
 
 

@@ -273,8 +273,7 @@ class QFormerModel(nn.Module):
             query_embeds: query tokens; only they see the image.
             input_ids: text tokens, needs a Q-Former built with its text side.
             attention_mask: 1 for visible, 0 for masked, (b, q + t) with the past in front, or (b, q + t, q + t).
-            encoder_hidden_states: visual tokens.
-            encoder_attention_mask: (b, n), 1 for visible; None sees all.
+            encoder_hidden_states, encoder_attention_mask: visual tokens; (b, n), 1 for visible, None sees all.
             prefix: one `KVPrefix` for each cross-attention layer, in order; None is stock BLIP-2.
             past_key_values: one (K, V) a layer, as returned with ``use_cache``: the queries' (and earlier text's).
             is_decoder: text sees the queries and earlier text, queries see each other (UniLM's mask).
@@ -313,8 +312,7 @@ class QFormerModel(nn.Module):
                 **masks,
             )
             traces.append(trace)
-        told = hidden_states[:, :num_queries] if queries_only else hidden_states
-        return _output(told, traces, use_cache, output_attentions)
+        return _output(hidden_states[:, : num_queries if queries_only else None], traces, use_cache, output_attentions)
 
     def _check(
         self, query_embeds: Optional[Tensor], input_ids: Optional[Tensor], prefix: Optional[Sequence[KVPrefix]]
