@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_kvmod.config.loading import ARCH, KVModConfig, read_config
 from lavis_kvmod.memory.estimate import MemoryEstimate, estimate
 from lavis_kvmod.memory.runs import GIB, evaluation_step, training_step
+from lavis_kvmod.models.settings import ModelSettings
 from lavis_kvmod.reports.markdown import table
 
 DEFAULT_RUN_FILE = "projects/kvmod/vqa.yaml"
@@ -46,6 +47,7 @@ def tables(cfg: KVModConfig, batch_sizes: Optional[List[int]] = None) -> str:
     """Markdown tables of training (with and without OPT's gradient checkpointing) and of generating, in GiB."""
     train, evaluate = training_step(cfg.model_cfg, cfg.run_cfg), evaluation_step(cfg.model_cfg, cfg.run_cfg)
     blocks = [
+        *tokens_line(cfg),
         f"Training: {train['text_length']} tokens of text, {train.get('target_length', train['text_length'])} of them "
         f"with a loss; amp {train['amp']}; one GPU; GiB",
         training_table(cfg.model_cfg, train, batch_sizes or [train["batch_size"]]),
@@ -54,6 +56,18 @@ def tables(cfg: KVModConfig, batch_sizes: Optional[List[int]] = None) -> str:
         generation_table(cfg.model_cfg, evaluate, batch_sizes or [evaluate["batch_size"]]),
     ]
     return "\n\n".join(blocks)
+
+
+def tokens_line(cfg: KVModConfig) -> List[str]:
+    """Where a sample has several images: how many tokens go into the connector, and come out of it."""
+    settings = ModelSettings.from_config(cfg.model_cfg)
+    images, each = settings.images_a_sample, settings.visual_tokens()
+    if images == 1 or each is None:
+        return []
+    return [
+        f"A sample: up to {images} images of {each} visual tokens, {images * each} into the connector; "
+        f"{settings.num_soft_prompt()} soft-prompt vectors out of it"
+    ]
 
 
 def training_table(model_cfg: DictConfig, step: Dict[str, Any], batch_sizes: List[int]) -> str:

@@ -250,6 +250,12 @@ def image_size_problems(cfg: "KVModConfig") -> List[str]:
     problems = []
     for name, section in cfg.datasets_cfg.items():
         for mode, processor in (section.get("vis_processor") or {}).items():
+            tiled = (processor or {}).get("tiles") is not None
+            if used.get(mode) and tiled and processor.get("name") != "blip_image_eval":
+                problems.append(
+                    f"datasets.{name}.vis_processor.{mode}.name: expected blip_image_eval with model.tiles, got "
+                    f"{processor.get('name')}: random crops would tear the tiles apart"
+                )
             size = (processor or {}).get("image_size", expected)
             if used.get(mode) and size != expected:
                 problems.append(

@@ -88,6 +88,7 @@ def load_config(
         raise ConfigurationError(path, problems)
     cfg = KVModConfig(path, options)
     _add_image_processors(cfg)
+    _add_tiles(cfg)
     if not data_only:
         problems = run_problems(cfg.run_cfg, starts) + model_problems(cfg.model_cfg) + image_size_problems(cfg)
         problems += too_long_problems(cfg) + head_problems(cfg) + kind_problems(cfg)
@@ -139,6 +140,14 @@ def _write_as_meant(run: DictConfig) -> None:
         for name in settings.model_fields_set:
             if run[name] != getattr(settings, name):
                 run[name] = getattr(settings, name)
+
+
+def _add_tiles(cfg: KVModConfig) -> None:
+    """``model.tiles`` for the image processors, which do the cutting."""
+    tiles = cfg.model_cfg.get("tiles")
+    for section in cfg.datasets_cfg.values() if tiles is not None else ():
+        for mode in ("train", "eval"):
+            OmegaConf.update(section, f"vis_processor.{mode}.tiles", tiles, force_add=True)
 
 
 def _add_image_processors(cfg: KVModConfig) -> None:

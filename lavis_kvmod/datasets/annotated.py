@@ -34,6 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy, some_of
 from lavis_kvmod.datasets.images import BadImageError, read_image
 from lavis_kvmod.datasets.row_store import RowStore
+from lavis_kvmod.datasets.tiling import Tiled, view_of
 
 __all__ = [
     "AnnotatedDataset",
@@ -77,6 +78,8 @@ def collate(samples: Sequence[Sample]) -> Dict[str, Any]:
         values = [sample[key] for sample in samples]
         if key == "image":
             batch.update(_images(values))
+        elif key == "image_place":
+            batch[key] = pad_sequence(values, batch_first=True)
         elif key == "image_key" and any(isinstance(value, list) for value in values):
             batch[key] = [value if isinstance(value, list) else [value] for value in values]
         elif key == "answers":
@@ -112,6 +115,9 @@ def _ids(values: List[Any]) -> Any:
 
 def pixel_key(vis_processor: Any) -> Optional[str]:
     """What tells apart image processors that give the same pixels every time; None for any other."""
+    if isinstance(vis_processor, Tiled):
+        inner = pixel_key(vis_processor.processor)
+        return None if inner is None else f"{inner}:{vis_processor.side}:{vis_processor.tiles.grids}"
     if type(vis_processor) is not BlipImageEvalProcessor:
         return None
     return hashlib.sha256(repr(vis_processor.transform).encode()).hexdigest()[:8]
@@ -202,9 +208,8 @@ class AnnotatedDataset(BaseDataset):
         return {**together, "image_key": [each["image_key"] for each in seen]} if "image_key" in seen[0] else together
 
     def _seen(self, image: Image.Image, annotation: Annotation) -> Sample:
-        sample = {"image": self.vis_processor(image)}
         key = pixel_key(self.vis_processor)
-        return sample if key is None else {**sample, "image_key": f"{key}:{annotation['image']}"}
+        return view_of(self.vis_processor, image, None if key is None else f"{key}:{annotation['image']}")
 
     def _texts(self, annotation: Annotation) -> Sample:
         """Everything but the image."""

@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any, Callable, Dict, List, Optional, Sequence, Type
 
 import numpy as np
+import torch
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.datasets.datasets.vqa_datasets import VQADataset
 from lavis.processors.blip_processors import BlipImageEvalProcessor
@@ -17,6 +18,7 @@ from PIL import Image
 
 from lavis_kvmod.datasets.packaged import PackagedBuilder
 from lavis_kvmod.datasets.settings import DataSettings, DigitsSettings
+from lavis_kvmod.datasets.tiling import Tiled, view_of
 from lavis_kvmod.demo import digits
 
 __all__ = [
@@ -87,10 +89,10 @@ class _Digits(BaseDataset):
         raise NotImplementedError
 
     def _image(self, annotation: Dict[str, Any]) -> Dict[str, Any]:
-        sample = {"image": self.vis_processor(self.picture(annotation))}
-        if isinstance(self.vis_processor, BlipImageEvalProcessor):
-            sample["image_key"] = self.scans[annotation["scan"]].key
-        return sample
+        inner = self.vis_processor.processor if isinstance(self.vis_processor, Tiled) else self.vis_processor
+        same = isinstance(inner, BlipImageEvalProcessor)
+        key = self.scans[annotation["scan"]].key if same else None
+        return view_of(self.vis_processor, self.picture(annotation), key)
 
 
 class _DigitsVQA(_Digits):
@@ -122,7 +124,9 @@ class DigitsVQADataset(_DigitsVQA, VQADataset):
         """LAVIS's batch (``image``, ``text_input``, ``answer``, ``weight``, ``n_answers``), and the ids and keys."""
         batch = super().collater(samples)
         keys = [key for key in ("question_id", "instance_id", "image_key") if all(key in s for s in samples)]
-        return {**batch, **{key: [sample[key] for sample in samples] for key in keys}}
+        places = [sample["image_place"] for sample in samples if "image_place" in sample]
+        tiled = {"image_place": torch.stack(places)} if places else {}
+        return {**batch, **tiled, **{key: [sample[key] for sample in samples] for key in keys}}
 
 
 class DigitsVQAEvalDataset(DigitsVQADataset):

@@ -7,7 +7,9 @@ from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import DictConfig
 
 from lavis_kvmod.datasets.settings import DataSettings
+from lavis_kvmod.datasets.tiling import Tiled
 from lavis_kvmod.system.paths import resource
+from lavis_kvmod.system.tiles import TilesSettings
 
 __all__ = ["PackagedBuilder"]
 
@@ -47,6 +49,14 @@ class PackagedBuilder(BaseDatasetBuilder):
             known = ", ".join(cls.DATASET_CONFIG_DICT)
             raise ValueError(f"{cls.__name__}: expected a type of {known}; got {type!r}")
         return str(resource(cls.DATASET_CONFIG_DICT[type]))
+
+    def build_processors(self) -> None:
+        """LAVIS's, which cut images into tiles where the model takes them so."""
+        super().build_processors()
+        for stage, section in (self.config.get("vis_processor") or {}).items():
+            if section and section.get("tiles") is not None:
+                tiles = TilesSettings.of(section.tiles)
+                self.vis_processors[stage] = Tiled(self.vis_processors[stage], tiles, section.get("image_size", 224))
 
     def _download_data(self) -> None:
         """Nothing is downloaded."""

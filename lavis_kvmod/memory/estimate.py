@@ -72,6 +72,7 @@ def estimate(
     optimizer: bool = False,
     shards: int = 1,
     device: str = "cuda",
+    images: int = 1,
 ) -> MemoryEstimate:
     """Peak memory of one training step, or of generating for one batch.
 
@@ -88,6 +89,7 @@ def estimate(
         optimizer: count AdamW's states in inference too, as when a training run evaluates.
         shards: GPUs over which ``run.fsdp`` spreads the language model's layers.
         device: ``cuda`` or ``cpu``.
+        images: of each sample; ``batch_size`` is then in samples.
 
     Raises:
         SettingsError: for faults of the section.
@@ -95,7 +97,7 @@ def estimate(
         ValueError: for sizes below 1, or texts longer than the language model has positions for.
     """
     target_length = text_length if target_length is None else target_length
-    size: Dict[str, Any] = dict(batch_size=batch_size, text_length=text_length)
+    size: Dict[str, Any] = dict(batch_size=batch_size, text_length=text_length, images=images)
     training: Dict[str, Any] = dict(target_length=target_length, answers=answers)
     generating = dict(num_beams=num_beams, new_tokens=new_tokens)
     _check_sizes(**size, **training, **generating, shards=shards)
@@ -181,6 +183,7 @@ def _train_step(
     *,
     batch_size: int,
     text_length: int,
+    images: int,
     target_length: int,
     answers: int,
     backward: bool = False,
@@ -193,7 +196,7 @@ def _train_step(
     with fake_device(model.train(), device, num_labels=rows * target_length, half=half):
         with _booked(model, device) as ledger, autocast(device, dtype):
             with ledger.of(BATCH):
-                image = torch.empty(batch_size, 3, model.image_size, model.image_size, device=device)
+                image = _images(model, batch_size, images, device)
             soft_prompt = model.encode({"image": image}).soft_prompt
             if answers > 1:
                 soft_prompt = soft_prompt.repeat_interleave(answers, dim=0)
@@ -220,6 +223,7 @@ def _generate(
     *,
     batch_size: int,
     text_length: int,
+    images: int,
     num_beams: int,
     new_tokens: int,
 ) -> Tuple[int, int]:
@@ -227,7 +231,7 @@ def _generate(
     with fake_device(model.eval(), device), torch.no_grad():
         with _booked(model, device) as ledger:
             with autocast(device, dtype):
-                image = torch.empty(batch_size, 3, model.image_size, model.image_size, device=device)
+                image = _images(model, batch_size, images, device)
                 soft_prompt, seeing = model.into_language_model(model.encode({"image": image}).soft_prompt)
             opt, text = model.opt_model, _text(batch_size, text_length, device)
             embedded = opt.get_input_embeddings()(text.input_ids)
@@ -240,6 +244,11 @@ def _generate(
                     rows = torch.zeros(batch_size * num_beams, dtype=torch.long, device=device)
                     steps(rows, rows if num_beams > 1 else None)
         return ledger.peak(), steps.cache.nbytes
+
+
+def _images(model: Blip2OPTKVMod, batch_size: int, images: int, device: str) -> Tensor:
+    several = () if images == 1 else (images,)
+    return torch.empty(batch_size, *several, 3, model.image_size, model.image_size, device=device)
 
 
 def _text(rows: int, length: int, device: str) -> TextBatch:

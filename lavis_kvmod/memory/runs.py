@@ -23,6 +23,7 @@ def training_step(model_cfg: Mapping[str, Any], run_cfg: Mapping[str, Any]) -> D
     """
     settings = ModelSettings.from_config(model_cfg)
     step = dict(batch_size=run_cfg["batch_size_train"], amp=run_cfg.get("amp", False), text_length=settings.max_txt_len)
+    step.update(_several(settings))
     if not _answers_questions(run_cfg):
         return step
     answer = run_cfg.get("max_len", 10)
@@ -42,6 +43,7 @@ def evaluation_step(model_cfg: Mapping[str, Any], run_cfg: Mapping[str, Any]) ->
     return dict(
         train=False,
         batch_size=run_cfg["batch_size_eval"],
+        **_several(settings),
         amp=run_cfg.get("amp", False),
         # A caption's prompt is short; two tokens a word, and the BOS, are more than OPT's tokeniser makes of it.
         text_length=settings.max_txt_len if vqa else min(2 * len(prompt.split()) + 1, settings.max_txt_len),
@@ -49,6 +51,11 @@ def evaluation_step(model_cfg: Mapping[str, Any], run_cfg: Mapping[str, Any]) ->
         num_beams=run_cfg.get("num_beams", 5),
         optimizer=not run_cfg.get("evaluate", False),
     )
+
+
+def _several(settings: ModelSettings) -> Dict[str, Any]:
+    images = settings.images_a_sample
+    return {"images": images} if images > 1 else {}
 
 
 def _answers_questions(run_cfg: Mapping[str, Any]) -> bool:

@@ -20,11 +20,12 @@ from lavis_kvmod.models.empty import empty_weights
 from lavis_kvmod.models.optimizer_groups import optimizer_groups
 from lavis_kvmod.models.parts import PartSummary, summarise, train_only
 from lavis_kvmod.models.settings import PREFIX_GATES, ImageSideSettings
-from lavis_kvmod.models.several_images import ImagePlaces, Seen, by_number, one_by_one, pool_tokens
+from lavis_kvmod.models.several_images import ImagePlaces, Seen, by_number, one_by_one
 from lavis_kvmod.models.vision.auxiliary import Auxiliary
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB, FrozenFeatureCache, FrozenFeatures
 from lavis_kvmod.models.vision.feature_files import FeatureFiles, fingerprint
 from lavis_kvmod.models.vision.prefix_controls import controlled
+from lavis_kvmod.models.vision.token_pooling import pool_tokens
 from lavis_kvmod.system.paths import absolute, resource
 from lavis_kvmod.system.precision import (
     autocast,

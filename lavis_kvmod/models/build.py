@@ -189,10 +189,11 @@ def opt_arguments(settings: ModelSettings, *, load: bool = True) -> Dict[str, An
 
 
 def _image_places(settings: ModelSettings, image_side: ImageSide) -> Optional[ImagePlaces]:
-    if settings.max_images == 1:
+    if settings.num_places == 1:
         return None
     prefix_width = None if image_side.kv_prefix is None else image_side.connector.hidden_size
-    return ImagePlaces(settings.max_images, image_side.vision.width, prefix_width)
+    told = "max_images" if settings.tiles is None else "tiles"
+    return ImagePlaces(settings.num_places, image_side.vision.width, prefix_width, told)
 
 
 def _gated_layers(settings: ModelSettings, opt: FrozenOPT, image_side: ImageSide) -> Optional[GatedLayers]:

@@ -11,7 +11,9 @@ from lavis_kvmod.models.language.text import check_prompt
 from lavis_kvmod.models.vision.auxiliary import AUXILIARY_ENCODERS, auxiliary_weights, map_side
 from lavis_kvmod.models.vision.encoders import VISION_ENCODERS, known_num_tokens, vision_weights
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB
+from lavis_kvmod.models.vision.token_pooling import pooled_number
 from lavis_kvmod.system.schema import Settings, SettingsError, key
+from lavis_kvmod.system.tiles import TilesSettings
 from lavis_kvmod.weights.finding import WeightFile
 from lavis_kvmod.weights.reading import holds
 
@@ -272,6 +274,11 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
     max_images: int = key(
         1, "most images of a sample: several pictures, the frames of a video ([inputs.md](inputs.md))", gt=0
     )
+    tiles: Optional[Dict[str, Any]] = key(
+        None,
+        "a large image as a whole and in tiles: `{grids, max_tiles}`; `{}` takes the defaults ([inputs.md](inputs.md))",
+        expected="a table",
+    )
     pool_visual_tokens: int = key(
         1, "so many times so many neighbouring visual tokens become their mean: 2 leaves a quarter", gt=0
     )
@@ -294,12 +301,24 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
         "(BLIP-2's prefix language modelling)",
     )
 
+    tables: ClassVar[Dict[str, Type[Settings]]] = {"tiles": TilesSettings}
+
     def conflicts(self) -> List[str]:
         """As for all models, and what is wrong with the connector and the prompt."""
         found = [*super().conflicts(), *self._connector_conflicts(), *self._image_conflicts()]
         if self.apply_lemmatizer:
             found.append("apply_lemmatizer: not supported; lemmatise the answers after predict_answers")
         return [*found, *check_prompt("prompt", self.prompt)]
+
+    @property
+    def num_places(self) -> int:
+        """How many places an image can have in its sample; 1 where each is alone in it."""
+        return self.max_images if self.tiles is None else TilesSettings.of(self.tiles).num_places
+
+    @property
+    def images_a_sample(self) -> int:
+        """The most images that go through the encoders for a sample."""
+        return self.max_images if self.tiles is None else TilesSettings.of(self.tiles).most_images
 
     @property
     def connector_kind(self) -> ConnectorKind:
@@ -325,6 +344,11 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
         """Whether anything attends to the image, so that a prefix can stand in front of it."""
         return self.connector_kind.attends or self.fusion == "gated_cross_attention"
 
+    def visual_tokens(self) -> Optional[int]:
+        """How many visual tokens an image has in front of the connector; None where the image encoder does not say."""
+        known = known_num_tokens(self.vit_model, self.image_size, self.vit_geometry)
+        return None if known is None else pooled_number(known, self.pool_visual_tokens)
+
     def num_soft_prompt(self) -> Optional[int]:
         """How many vectors stand before the text; None where the image encoder does not say."""
         if self.fusion != "soft_prompt":
@@ -340,17 +364,19 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
         if self.connector not in CONNECTORS:
             return []
         found = []
+        if self.tiles is not None and self.max_images > 1:
+            found.append(f"tiles: expected max_images: 1, the images that are cut into tiles, got {self.max_images}")
         if not self.connector_kind.attends:
             attend = ", ".join(name for name in CONNECTORS if CONNECTORS[name].attends)
             why = f"connector {self.connector} has no attention to any number of visual tokens; take one of {attend}"
-            found += self._of_no_use(("max_images", "pool_visual_tokens"), why)
+            found += self._of_no_use(("max_images", "tiles", "pool_visual_tokens"), why)
         elif self.fusion != "soft_prompt":
-            found += self._of_no_use(("max_images",), f"fusion: {self.fusion} takes one image a sample")
+            found += self._of_no_use(("max_images", "tiles"), f"fusion: {self.fusion} takes one image a sample")
         if self.qformer_text_input:
-            found += self._of_no_use(("max_images",), "qformer_text_input takes one image a sample")
+            found += self._of_no_use(("max_images", "tiles"), "qformer_text_input takes one image a sample")
         if self.aux_tokens:
             found += self._of_no_use(
-                ("max_images",), f"aux_fusion: {self._fusion} takes one image a sample; set prefix"
+                ("max_images", "tiles"), f"aux_fusion: {self._fusion} takes one image a sample; set prefix"
             )
         return found
 

@@ -13,13 +13,12 @@ masked, and what a sample comes to does not depend on its batch.
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_kvmod.models.connectors.kv_prefix import PrefixGenerator
 from lavis_kvmod.models.vision.feature_cache import FrozenFeatures
 
-__all__ = ["ImagePlaces", "Seen", "by_number", "in_order", "one_by_one", "pool_tokens"]
+__all__ = ["ImagePlaces", "Seen", "by_number", "in_order", "one_by_one"]
 
 
 class Seen(NamedTuple):
@@ -51,8 +50,10 @@ def by_number(samples: Mapping[str, Any]) -> List[Tuple[List[int], Dict[str, Any
         return [(list(range(len(image))), dict(samples))]
     shape = tuple(image.shape[:2])
     mask = _of_images(samples, "image_mask", shape)
-    mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
     places = _of_images(samples, "image_place", shape)
+    if mask is None:  # nothing to be looked at
+        return [(list(range(shape[0])), {**samples, **({} if places is None else {"image_place": places})})]
+    mask = mask.bool()
     places = mask.long().cumsum(1) - 1 if places is None else places
     there = [[i for i, is_there in enumerate(row) if is_there] for row in mask.tolist()]
     if [] in there:
@@ -94,25 +95,6 @@ def one_by_one(samples: Mapping[str, Any]) -> Tuple[Tensor, Any]:
     return image.flatten(0, 1), None if keys is None else [key for own in keys for key in own]
 
 
-def pool_tokens(tokens: Tensor, by: int) -> Tensor:
-    """Visual tokens (m, n, width) of a square, each ``by`` x ``by`` neighbours to their mean; a class token stays.
-
-    Raises:
-        ValueError: if the tokens are no square, with or without a class token, or ``by`` does not divide its side.
-    """
-    n = tokens.shape[1]
-    side = int((n - 1) ** 0.5 + 0.5)
-    classes = int(side * side == n - 1)
-    side = side if classes else int(n**0.5 + 0.5)
-    if side * side != n - classes or side % by:
-        raise ValueError(
-            f"pool_visual_tokens: expected visual tokens in a square whose side {by} divides, got {n} tokens"
-        )
-    grid = tokens[:, classes:].transpose(1, 2).unflatten(2, (side, side))
-    pooled = F.avg_pool2d(grid, by).flatten(2).transpose(1, 2)
-    return torch.cat([tokens[:, :classes], pooled], dim=1)
-
-
 class ImagePlaces(nn.Module):
     """Where an image stands among those of its sample: a vector for its visual tokens, and one for its prefix tokens.
 
@@ -137,17 +119,17 @@ class ImagePlaces(nn.Module):
         Raises:
             ValueError: for a place that there is not.
         """
-        places = samples.get("image_place")
-        if places is None:
-            places = torch.zeros(len(samples["image"]), 1, dtype=torch.long)
-        highest = int(places.max())
+        places, image = samples.get("image_place"), samples["image"]
+        k = image.shape[1] if image.ndim == 5 else 1
+        highest = k - 1 if places is None else int(places.max())
         if highest >= len(self.visual):
             raise ValueError(
                 f"expected at most {len(self.visual)} images a sample (model.{self.expected}), got {highest + 1}"
             )
-        places = places.to(features.visual_tokens.device)
-        k = places.shape[1]
         tokens = features.visual_tokens
+        if places is None:
+            places = torch.arange(k, device=tokens.device).expand(len(image), k)
+        places = places.to(tokens.device)
         tokens = (tokens + self.visual[places.flatten()].to(tokens.dtype)).unflatten(0, (-1, k)).flatten(1, 2)
         pooled = None if features.pooled is None else features.pooled.unflatten(0, (-1, k))
         return Seen(tokens, pooled, places)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lavis_kvmod.models.settings import ModelSettings, SettingsError
-from lavis_kvmod.models.several_images import by_number, pool_tokens
+from lavis_kvmod.models.several_images import by_number
+from lavis_kvmod.models.vision.token_pooling import pool_tokens
 
 MASK = torch.tensor([[True, True, True], [True, False, False], [False, True, True]])
 NUMBERS = [3, 1, 2]
