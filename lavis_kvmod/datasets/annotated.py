@@ -5,6 +5,7 @@ An annotation is a dict:
 =================  =====================================================================================================
 ``image``          absolute path of the image file; of several images of a row, a tuple of them
 ``image_id``       any number or text; the same for all rows of an image
+``frames``         of a video, whose path ``image`` then is: how many of its frames are seen
 ``source``         where it was read, for messages: ``train.csv, row 12``
 ``question``       VQA; with ``question_id`` (any number or text, unique), and maybe ``question_type``, ``answer_type``
 ``answer``         VQA: list of texts, as many as there were annotators; absent where the answers are not known
@@ -35,6 +36,7 @@ from lavis_kvmod.datasets.bad_samples import BadDataError, BadSamplePolicy, some
 from lavis_kvmod.datasets.images import BadImageError, read_image
 from lavis_kvmod.datasets.row_store import RowStore
 from lavis_kvmod.datasets.tiling import Tiled, view_of
+from lavis_kvmod.datasets.video import read_frames
 
 __all__ = [
     "AnnotatedDataset",
@@ -201,9 +203,13 @@ class AnnotatedDataset(BaseDataset):
     def _read(self, annotation: Annotation) -> Sample:
         """What is seen of a row's image, or of its images. Raises BadImageError."""
         paths = annotation["image"]
-        if isinstance(paths, str):
+        if annotation.get("frames"):
+            named = [(f"{paths}@{time:.3f}", frame) for time, frame in read_frames(paths, annotation["frames"])]
+        elif isinstance(paths, str):
             return self._seen(read_image(paths), annotation)
-        seen = [self._seen(read_image(path), {**annotation, "image": path}) for path in paths]
+        else:
+            named = [(path, read_image(path)) for path in paths]
+        seen = [self._seen(image, {**annotation, "image": name}) for name, image in named]
         together: Sample = {"image": torch.stack([each["image"] for each in seen])}
         return {**together, "image_key": [each["image_key"] for each in seen]} if "image_key" in seen[0] else together
 

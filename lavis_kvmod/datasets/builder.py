@@ -26,6 +26,7 @@ from lavis_kvmod.datasets.images import BadImageError
 from lavis_kvmod.datasets.packaged import PackagedBuilder
 from lavis_kvmod.datasets.settings import DataSettings, FileSettings, ImagesSettings, SampleSettings
 from lavis_kvmod.datasets.storage import looked_for, places, stored, strings
+from lavis_kvmod.datasets.video import header_problem
 from lavis_kvmod.system.text_cleaning import one_line
 
 __all__ = ["AnnotationBuilder", "CaptionBuilder", "VQABuilder"]
@@ -287,7 +288,9 @@ class CaptionBuilder(AnnotationBuilder):
 
 
 def num_images(row: Annotation) -> int:
-    """How many images a row has."""
+    """How many images a row has, or how many frames of its video are seen."""
+    if row.get("frames"):
+        return int(row["frames"])
     return len(row["image"]) if isinstance(row["image"], tuple) else 1
 
 
@@ -303,7 +306,7 @@ def _collect(problems: List[str], step: Callable[[], Any]) -> Any:
 Found = Union[Tuple[str, str], Problem]
 
 
-def _find_image(row: Annotation, folders: ImageFolders, known: Dict[str, Found]) -> None:
+def _find_image(row: Annotation, folders: ImageFolders, known: Dict[str, Any]) -> None:
     """Replace the name of a row's image by its path, or note why that cannot be done.
 
     Rows about the same image share its path: ``known`` has what was found for a name. Of several images all must be
@@ -320,6 +323,10 @@ def _find_image(row: Annotation, folders: ImageFolders, known: Dict[str, Found])
         row["image_name"], row["image_problem"] = " + ".join(names), problem
         return
     paths, called = zip(*found)
+    if row.get("frames"):
+        told = known.setdefault(f"{names[0]}: header", header_problem(paths[0]))
+        if told is not None:
+            row["image_problem"] = Problem("bad video", str(told))
     row["image"], row["image_name"] = paths if isinstance(given, tuple) else paths[0], " + ".join(called)
     if row.get("image_id") is None:
         row["image_id"] = row["image_name"]

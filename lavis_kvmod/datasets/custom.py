@@ -19,6 +19,7 @@ from lavis_kvmod.datasets.cells import (
     first,
     looks_like_a_list,
     read_id,
+    read_name,
     read_names,
     read_text,
     read_texts,
@@ -109,6 +110,11 @@ class _CustomBuilder(AnnotationBuilder):
         cells = {key: [row.values.get(name) for name in names] for key, names in columns.items()}
         try:
             annotation["image"] = _images(cells["image"])
+            if not annotation["image"] and cells["video"]:
+                annotation["image"], annotation["frames"] = (
+                    read_name(first(cells["video"]), "video"),
+                    self.settings.frames,
+                )
             annotation["image_id"] = read_id(first(cells["image_id"]), "image_id")
             annotation.update(self._texts(cells, separator))
         except ValueError as error:
@@ -139,7 +145,8 @@ class _CustomBuilder(AnnotationBuilder):
             others = [name for name in table.columns if name not in self._names]
             close = [_did_you_mean(name, others) for name in missing]
             # A file without answers or captions is for prediction; one with a misspelt column is not.
-            required = key in self.REQUIRED or (key == self.target and (split == "train" or any(close)))
+            shows = key == "image" and any(name in table.columns for name in self._names["video"])  # a video instead
+            required = (key in self.REQUIRED and not shows) or (key == self.target and (split == "train" or any(close)))
             if missing and (required or key in self.settings.columns):
                 wanted = ", ".join(repr(name) + hint for name, hint in zip(missing, close))
                 problems.append(

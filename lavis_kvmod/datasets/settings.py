@@ -137,6 +137,7 @@ class VQAColumns(Settings):
         "a list ([inputs.md](inputs.md))",
         expected=_SEVERAL,
     )
+    video: Optional[_Name] = key("video", "instead of an image, a video, of which frames are seen", expected=_ONE)
     question: _Name = key("question", "the question", expected=_ONE)
     answer: Union[_Name, List[_Name], None] = key("answer", "one answer, or those of many people", expected=_SEVERAL)
     weight: Union[_Name, List[_Name], None] = key(
@@ -157,6 +158,7 @@ class CaptionColumns(Settings):
         "a list ([inputs.md](inputs.md))",
         expected=_SEVERAL,
     )
+    video: Optional[_Name] = key("video", "instead of an image, a video, of which frames are seen", expected=_ONE)
     caption: Union[_Name, List[_Name], None] = key("caption", "one caption or many", expected=_SEVERAL)
     image_id: Optional[_Name] = key("image_id", "any number or text, the same for all rows of an image", expected=_ONE)
 
@@ -165,6 +167,7 @@ class CustomSettings(SampleSettings):
     """What ``custom_vqa``, ``custom_caption`` and ``artquest`` read beside that."""
 
     columns: Dict[str, Any] = key({}, "names of columns that are not as below", expected="keys with values")
+    frames: int = key(8, "how many frames of a video are seen, evenly spaced ([inputs.md](inputs.md))", gt=0)
     split: Optional[Dict[str, Any]] = key(
         None, "`{val: 0.1, test: 0.1, seed: 42}` takes whole images away from train", expected="keys with values"
     )

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavis_kvmod.datasets.images import read_image
+from lavis_kvmod.datasets.video import VIDEO_SUFFIXES
 from lavis_kvmod.tasks.evaluation import Evaluated, Row, side_by_side
 
 SHOWN = 4  # examples of each kind
@@ -86,7 +87,7 @@ def thumbnail(row: Row, evaluated: Evaluated) -> Optional[Image.Image]:
 
 
 def _from_file(row: Row, dataset: Any) -> Optional[Image.Image]:
-    if not isinstance(row["image"], str):
+    if not isinstance(row["image"], str) or Path(row["image"]).suffix.lower() in VIDEO_SUFFIXES:
         return None
     path = Path(getattr(dataset, "vis_root", None) or "") / row["image"]  # an absolute path survives the join
     if not path.is_file():

@@ -144,6 +144,8 @@ def items_of(dataset: Any, name: str) -> Tuple[Kind, List[Item]]:
                 raise ValueError(f"it has no {kind.target}, where others have")
             if not annotation.get("image") and not hasattr(dataset, "picture"):
                 raise ValueError(f"it names no image; it has {', '.join(annotation)}")
+            if annotation.get("frames"):
+                raise ValueError("a shard's sample has one image; this row has a video")
             if isinstance(annotation.get("image"), tuple):
                 raise ValueError(f"a shard's sample has one image; this row has {len(annotation['image'])}")
         except (ValueError, TypeError) as error:
