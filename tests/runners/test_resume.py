@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lavis_kvmod.commands.train import train
+from lavis_kvmod.models.settings import Stage1Settings
 from lavis_kvmod.weights import files as checkpoints
 
 LAST = "checkpoint_last.pth"
@@ -48,6 +49,31 @@ def test_killed_while_data_sets_are_mixed(write_run, in_process, runs, killed_be
     code, output = in_process(lambda: train(path), "killed")
     assert code == 0 and "at epoch 1, batch 2" in output, output
     assert_same_run(runs("killed")[0], whole)
+
+
+@pytest.mark.slow
+def test_killed_in_stage_1_with_its_momentum(
+    write_run, model_config, in_process, runs, killed_before_step, assert_same_run
+):
+    """All four objectives; the momentum model and the queue, which goes round within the second epoch, go on, too."""
+    sizes = {key: value for key, value in model_config().items() if key in Stage1Settings.model_fields}
+    sizes.update(arch="blip2_kvmod", model_type="pretrain", bert_model="demo", from_bert=False, pretrained=None)
+    sizes.update(objectives={"itc": 1, "itm": 1, "itg": 1, "mlm": 1}, momentum={"queue": 30}, load_finetuned=False)
+    size = {"name": "blip_image_train", "image_size": 28}
+    data = {"digits_caption": {"train_scans": 24, "vis_processor": {"train": size, "eval": size}}}
+    run = dict(OmegaConf.load(write_run(save_every_n_iters=2, batch_size_train=4, resume_ckpt_path="auto")).run)
+    run.update(task="kvmod_pretrain", valid_splits=[])
+    del run["num_beams"], run["max_len"]
+    path = str(Path("stage1.yaml").resolve())
+    OmegaConf.save(OmegaConf.create({"model": sizes, "datasets": data, "run": run}), path)
+    code, output = in_process(lambda: train(path), "whole")
+    assert code == 0, output
+    last = checkpoints.read(runs("whole")[0] / LAST)
+    assert any("queue" in name for name in last["model"]) and any("momentum" in name for name in last["model"])
+    assert in_process(killed_before_step(path, 9), "killed")[0] == -signal.SIGKILL
+    code, output = in_process(lambda: train(path), "killed")
+    assert code == 0 and "at epoch 1, batch 2" in output, output
+    assert_same_run(runs("killed")[0], runs("whole")[0])
 
 
 @pytest.mark.slow
