@@ -158,6 +158,10 @@ def _quietly(member: Member) -> Iterator[None]:
             os.dup2(file.fileno(), stream.fileno())
         try:
             yield
+        except SystemExit as asked:
+            # Stopped by a signal. The pool would take it for a job that failed, and give this process the next one.
+            sys.stdout.flush()
+            os._exit(asked.code if isinstance(asked.code, int) else 1)
         except Exception as error:
             raise RuntimeError(f"{error} (see {path})") from error
         finally:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import train_until_stopped
 from omegaconf import OmegaConf
 
 from lavis_kvmod.commands import ablate
@@ -158,15 +159,21 @@ def test_two_trainings_at_once_give_what_one_after_the_other_does(study_of, tmp_
     assert "Training time" in told.read_text()
 
 
-def test_who_stops_a_study_stops_its_workers():
+def test_who_stops_a_study_stops_its_workers_and_what_waits_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt), running._workers(2) as pool:
-        pool.submit(time.sleep, 200)
+        for number in range(6):
+            pool.submit(train_until_stopped, str(tmp_path), number)
         workers = multiprocessing.active_children()
+        for _ in range(1200):
+            if (tmp_path / "0").exists() and (tmp_path / "1").exists():
+                break
+            time.sleep(0.1)
         raise KeyboardInterrupt
-    assert workers
+    assert len(workers) == 2
     for worker in workers:
         worker.join(20)
         assert not worker.is_alive()
+    assert not (tmp_path / "2").exists()
 
 
 def test_a_training_that_fails_is_named(study_of, monkeypatch, capsys):
