@@ -112,14 +112,20 @@ def estimate(
     if not train:
         peak, cache = _generate(model, device, dtype, **size, **generating)
         return MemoryEstimate(weights, optimizer=states, kv_cache=cache, workspace=peak - cache + gathered)
-    step: Callable[..., Tuple[Dict[str, int], int]] = partial(_train_step, model, dtype=dtype, **size, **training)
+    kept, workspace = _step(partial(_train_step, model, dtype=dtype, **size, **training), device, trained)
+    return MemoryEstimate(
+        weights, gradients=trained, optimizer=states, activations=kept, workspace=workspace + gathered
+    )
+
+
+def _step(step: Callable[..., Tuple[Dict[str, int], int]], device: str, trained: int) -> Tuple[Dict[str, int], int]:
+    """What a training step keeps for its backward pass, and the most that it holds for a moment beside that."""
     kept, forward_peak = step(device)
     on_cpu, backward_peak = step("cpu", backward=True)
     backward = backward_peak - sum(on_cpu.values())
     # AdamW's own temporaries, at a moment when the activations are gone: one copy of the trained parameters.
     update = trained - sum(kept.values())
-    workspace = max(forward_peak - sum(kept.values()), backward, update, 0) + gathered
-    return MemoryEstimate(weights, gradients=trained, optimizer=states, activations=kept, workspace=workspace)
+    return kept, max(forward_peak - sum(kept.values()), backward, update, 0)
 
 
 def _check_sizes(**sizes: int) -> None:
