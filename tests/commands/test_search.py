@@ -18,11 +18,13 @@ from lavis_kvmod.commands import capfilt, cli
 from lavis_kvmod.config.loading import load_config
 from lavis_kvmod.datasets.retrieval import CustomRetrievalBuilder
 from lavis_kvmod.datasets.shards.builders import WdsCaptionBuilder
+from lavis_kvmod.models.blip2_kvmod import Blip2KVMod
 from lavis_kvmod.models.settings import Stage1Settings
 from lavis_kvmod.tasks import capfilt as work
 from lavis_kvmod.tasks import embedding
 from lavis_kvmod.tasks.embedding import Features, read_features
 from lavis_kvmod.tasks.retrieval_scores import similarity
+from lavis_kvmod.weights import files as checkpoints
 
 ROWS = [
     ("astronaut.png", "a red seven on pink paper"),
@@ -76,20 +78,40 @@ def test_photographs_are_embedded_and_found(run_file, capsys):
     assert Path("found.html").read_text().count("data:image/png;base64") == 6
 
 
+def in_two_processes(*command):
+    """Run a command under torchrun; what it prints."""
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, "-m", "lavis_kvmod", *command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_two_processes_embed_as_one_does(run_file):
     features = ["embed", "--cfg-path", run_file, "--options", "run.batch_size_eval=1", "--out"]
     assert cli.main([*features, "one.safetensors"]) == 0
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "lavis_kvmod", *features, "two.safetensors"], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("two.safetensors: 4 images, 4 texts") == 1
+    assert in_two_processes(*features, "two.safetensors").count("two.safetensors: 4 images, 4 texts") == 1
     one, two = (read_features(Path(f"{name}.safetensors")) for name in ("one", "two"))
     assert (two.images, two.texts, two.about) == (one.images, one.texts, one.about)
     for of_one, of_two in zip((one.image_features, one.text_features), (two.image_features, two.text_features)):
         assert of_one.shape == of_two.shape and (of_one - of_two).abs().max() <= 1e-6
+
+
+@pytest.mark.slow
+def test_two_processes_filter_as_one_does(run_file):
+    model = Blip2KVMod.from_config(OmegaConf.load(run_file).model)  # random weights, the same for both
+    checkpoints.save({"model": checkpoints.trained_state_dict(model)}, "stage1.pth")
+    weights = ["--options", "model.load_finetuned=true", f"model.finetuned={Path('stage1.pth').resolve()}"]
+    filtering = ["capfilt", "--cfg-path", run_file, "--split", "test", "--itm", "0", "--block", "1", *weights, "--out"]
+    assert cli.main([*filtering, "all"]) == 0
+    scores = sorted(json.loads(line)["itc"] for line in Path("all/kept.jsonl").read_text().splitlines())
+    assert len(scores) == 5
+    filtering[-1:-1] = ["--itc", str((scores[1] + scores[2]) / 2)]  # two are dropped
+    assert cli.main([*filtering, "one"]) == 0
+    in_two_processes(*filtering, "two")
+    for name, count in (("kept.jsonl", 3), ("dropped.jsonl", 2)):
+        one, two = (Path(folder, name).read_text() for folder in ("one", "two"))
+        assert one == two and len(one.splitlines()) == count
 
 
 def test_what_cannot_be_searched_is_told(run_file, tmp_path, capsys):
