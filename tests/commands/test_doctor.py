@@ -176,4 +176,4 @@ def test_the_full_model_without_gpu_data_or_network(tmp_path):
     for key in ("model.vit_checkpoint", "model.opt_model", "model.aux_checkpoint", "model.pretrained"):
         assert f"set {key} to a local" in " ".join(screen.split())
     assert str(tmp_path / "lavis/coco/images/train2014") in screen
-    assert line_of(screen, "training with batches of 16 takes 11.9 GiB") == "note"
+    assert line_of(screen, "training with batches of 16 takes 11.4 GiB") == "note"
