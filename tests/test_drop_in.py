@@ -146,6 +146,7 @@ def test_stage_2_goes_on_from_stage_2_and_says_so(build, files, tmp_path, caplog
         build(pretrained=str(ours))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train/pretrain_stage1", "eval/ret_coco_eval", "eval/ret_flickr_eval"])
 def test_stage_1_files_of_the_wheel(name, model_config, cache, tmp_path):
     """LAVIS's tasks `image_text_pretrain` and `retrieval`, which asks a model for its matrices."""

@@ -18,6 +18,12 @@ from lavis_kvmod.commands import app, cli
 from lavis_kvmod.commands.page.batch import MOST_QUESTIONS, answers_table, read_questions
 
 
+@pytest.fixture(autouse=True)
+def _same_main(monkeypatch):
+    """The page is run as ``__main__``, which a process that is spawned later would run again."""
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+
+
 @pytest.fixture(scope="module")
 def checkpoint(run_folder):
     """A small model's, in the folder of a run."""

@@ -323,6 +323,7 @@ def test_what_comes_from_the_environment_is_written_nowhere(run_file, tmp_path, 
     assert "oc.env:TOKEN" in screen and "hf_secret" not in screen
 
 
+@pytest.mark.slow
 def test_bf16_autocast_on_the_cpu(run_file):
     runner = build_runner(load_config(run_file(amp="bf16", max_epoch=1)))
     assert runner.scaler is None

@@ -65,6 +65,7 @@ def test_a_model_sees_the_tiles_of_pages(pages, build):
         build(tiles={"max_tiles": 2}).encode(batch)
 
 
+@pytest.mark.slow
 def test_memory_tells_the_tokens(model_config):
     step = dict(batch_size=2, text_length=8, device="cpu")
     one, five = (estimate(model_config(tiles={}), **step, images=images) for images in (1, 5))

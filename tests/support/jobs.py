@@ -12,6 +12,7 @@ __all__ = ["train_until_stopped"]
 
 
 def _stop(signum: int, frame: object) -> None:
+    signal.signal(signum, signal.SIG_DFL)  # as at the end of a run: the pool may send another
     raise Stopped(signum)
 
 

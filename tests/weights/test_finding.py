@@ -165,6 +165,7 @@ def test_a_checkpoint_by_url(build, files, served):
         build(pretrained=f"{served.url}/none.pth")
 
 
+@pytest.mark.slow
 def test_processes_that_want_the_same_file_download_it_once(served, tmp_path):
     """And none waits for another that has passed by: one may come when the file is there already."""
     torch.save({"a": torch.zeros(750_000)}, served.folder / "blip2.pth")
