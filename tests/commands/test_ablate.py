@@ -159,6 +159,18 @@ def test_two_trainings_at_once_give_what_one_after_the_other_does(study_of, tmp_
     assert "Training time" in told.read_text()
 
 
+def test_who_stops_a_study_stops_its_workers():
+    with pytest.raises(KeyboardInterrupt), running._workers(2) as pool:
+        pool.submit(time.sleep, 200)
+        workers = multiprocessing.active_children()
+        raise KeyboardInterrupt
+    assert workers
+    for worker in workers:
+        worker.join(20)
+        assert not worker.is_alive()
+
+
+@pytest.mark.slow
 def test_who_stops_a_study_stops_its_workers_and_what_waits_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt), running._workers(2) as pool:
         for number in range(6):
