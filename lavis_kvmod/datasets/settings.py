@@ -128,16 +128,19 @@ class SampleSettings(DataSettings):
     )
 
 
+# No common base: a table of docs/settings.md has a class's own keys, and these belong in both.
+_IMAGE = (
+    "a path, or a name to be found below the folders; for several images a row, several columns, or cells with "
+    "a list ([inputs.md](inputs.md))"
+)
+_VIDEO = "instead of an image, a video, of which frames are seen"
+
+
 class VQAColumns(Settings):
     """``columns`` of ``custom_vqa``: a name for each purpose."""
 
-    image: Union[_Name, List[_Name]] = key(
-        "image",
-        "a path, or a name to be found below the folders; for several images a row, several columns, or cells with "
-        "a list ([inputs.md](inputs.md))",
-        expected=_SEVERAL,
-    )
-    video: Optional[_Name] = key("video", "instead of an image, a video, of which frames are seen", expected=_ONE)
+    image: Union[_Name, List[_Name]] = key("image", _IMAGE, expected=_SEVERAL)
+    video: Optional[_Name] = key("video", _VIDEO, expected=_ONE)
     question: _Name = key("question", "the question", expected=_ONE)
     answer: Union[_Name, List[_Name], None] = key("answer", "one answer, or those of many people", expected=_SEVERAL)
     weight: Union[_Name, List[_Name], None] = key(
@@ -152,13 +155,8 @@ class VQAColumns(Settings):
 class CaptionColumns(Settings):
     """``columns`` of ``custom_caption``."""
 
-    image: Union[_Name, List[_Name]] = key(
-        "image",
-        "a path, or a name to be found below the folders; for several images a row, several columns, or cells with "
-        "a list ([inputs.md](inputs.md))",
-        expected=_SEVERAL,
-    )
-    video: Optional[_Name] = key("video", "instead of an image, a video, of which frames are seen", expected=_ONE)
+    image: Union[_Name, List[_Name]] = key("image", _IMAGE, expected=_SEVERAL)
+    video: Optional[_Name] = key("video", _VIDEO, expected=_ONE)
     caption: Union[_Name, List[_Name], None] = key("caption", "one caption or many", expected=_SEVERAL)
     image_id: Optional[_Name] = key("image_id", "any number or text, the same for all rows of an image", expected=_ONE)
 

@@ -15,7 +15,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -103,21 +103,20 @@ def build_parts(recipe: Recipe = DEMO, language_first: bool = False) -> Path:
 
 def vision_weights(recipe: Recipe = DEMO) -> Path:
     """The file with ``visual_encoder.*`` and ``ln_vision.*``, built on first use. Raises as `build_parts`."""
-
-    def build(folder: Path) -> Dict[str, float]:
-        state, accuracy = train_vision_encoder(recipe.vision)
-        save_file({key: value.contiguous() for key, value in state.items()}, folder / _VISION_FILE)
-        return {"val_digit_accuracy": accuracy}
-
-    return _part("vision", recipe, recipe.vision.seed, build) / _VISION_FILE
+    return _vision_file(recipe, lambda: train_vision_encoder(recipe.vision))
 
 
 def colour_vision_weights(share: float) -> Path:
     """As `vision_weights`, of a ViT that has seen this share (0 … 1) of its pictures in colour."""
     recipe = ColourRecipe(ColourVisionRecipe(colour_share=share))
+    return _vision_file(recipe, lambda: train_colour_vision_encoder(recipe.vision))
 
+
+def _vision_file(
+    recipe: Union[Recipe, ColourRecipe], train: Callable[[], Tuple[Dict[str, torch.Tensor], float]]
+) -> Path:
     def build(folder: Path) -> Dict[str, float]:
-        state, accuracy = train_colour_vision_encoder(recipe.vision)
+        state, accuracy = train()
         save_file({key: value.contiguous() for key, value in state.items()}, folder / _VISION_FILE)
         return {"val_digit_accuracy": accuracy}
 
