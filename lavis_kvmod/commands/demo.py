@@ -22,6 +22,7 @@ from lavis_kvmod.doctor.machine import look
 from lavis_kvmod.reports.run_files import read_run
 from lavis_kvmod.reports.run_page import PAGE, write_page
 from lavis_kvmod.runners.run_folder import BEST
+from lavis_kvmod.system.allocator import keep_freed_memory
 from lavis_kvmod.system.paths import absolute
 from lavis_kvmod.system.progress import resident_peak_gib, sharing_terminal
 from lavis_kvmod.system.second_process import SecondProcess, SecondProcessError
@@ -117,6 +118,7 @@ def train_arm(name: str, output: Path, options: Sequence[str], threads: Optional
 
 def _train_arm(name: str, output: Path, options: Sequence[str], language_first: bool) -> Trained:
     start = time.monotonic()
+    keep_freed_memory()
     parts.build_parts(language_first=language_first)
     built = time.monotonic()
     of_arm = [f"run.output_dir={output / name}", f"model.kv_modulation={str(ARMS[name]).lower()}"]

@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from lavis_kvmod.config.loading import KVModConfig, load_config
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.runners.run_folder import RunFolderError
+from lavis_kvmod.system.allocator import keep_freed_memory
 from lavis_kvmod.system.distributed import from_main, get_rank, init_distributed, leaves_group
 from lavis_kvmod.system.quiet import CountsWarnings, hide_deprecations
 from lavis_kvmod.system.schema import ConfigurationError
@@ -77,6 +78,8 @@ def build_runner(cfg: KVModConfig) -> Any:
     # On all ranks alike: only what is trained is sent around, so what a model draws must be the same.
     seed_everything(cfg.run_cfg.seed, cfg.run_cfg.get("deterministic", False))
     set_up_logging()
+    if str(cfg.run_cfg.get("device", "cuda")) == "cpu":
+        keep_freed_memory()
     cfg.pretty_print()
 
     runner_cls = registry.get_runner_class(cfg.run_cfg.runner)

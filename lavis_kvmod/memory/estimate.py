@@ -210,7 +210,7 @@ def _train_step(
                 text = _text(rows, text_length, device)
                 seen, seeing = model.into_language_model(soft_prompt)
                 with seeing:
-                    _, losses = token_losses(model.opt_model, seen, text)
+                    losses = token_losses(model.opt_model, seen, text)[1]
                 loss = losses.mean()
             del soft_prompt, seen, seeing, text, losses
         kept = ledger.live()

@@ -36,6 +36,32 @@ def test_opt_needs_no_mask_where_padding_stands_behind():
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm_first", [True, False], ids=["norm first", "norm behind, as OPT-350m"])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_the_last_layer_goes_on_only_where_it_is_read(norm_first, is_packed):
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=40, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64
+    )
+    config.do_layer_norm_before = norm_first
+    opt = FrozenOPT(config)
+    read = torch.tensor([3, 0, 17, 12])
+    how = {"seen": torch.ones(1, 1, 9, 9).bool().tril(), "position": torch.arange(9)[None]} if is_packed else {}
+    asked = []
+    handle = opt.model.decoder.layers[-1].fc1.register_forward_hook(lambda _, args, __: asked.append(args[0].shape[0]))
+    found = []
+    for only in (None, read):
+        embedded = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        hidden = opt.model.decoder(inputs_embeds=embedded, is_causal=True, read=only, **how).last_hidden_state
+        hidden = hidden.flatten(0, 1)[read] if only is None else hidden
+        hidden.square().sum().backward()
+        found.append((hidden, embedded.grad))
+    handle.remove()
+    assert asked == [18, 4]
+    for whole, part in zip(*found):
+        torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [None, 0.1])
 def test_the_vit_attends_as_lavis_does(scale):
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Optional, Tuple
 
 import torch
-from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTDecoder, OPTForCausalLM
+from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTDecoder, OPTDecoderLayer, OPTForCausalLM
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -17,6 +17,29 @@ from lavis_kvmod.weights.finding import MissingWeightsError, WeightFile
 from lavis_kvmod.weights.reading import load_weights, read_folder
 
 
+class ReadLayer(OPTDecoderLayer):
+    """LAVIS's ``OPTDecoderLayer``, which as the last one need not go on where nothing is read.
+
+    What a position says to others, its Keys and Values, is done with attention; the feed-forward half, two thirds of a
+    layer's work, is then of use only where a token is predicted that counts.
+    """
+
+    def forward(self, hidden_states: Tensor, *args: Any, read: Optional[Tensor] = None, **kwargs: Any) -> Any:
+        """As LAVIS's, (b, t, width) -> (b, t, width), first of a tuple; with ``read`` (k,), which of the b * t
+        positions are wanted, (k, width)."""
+        if read is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        first = self.do_layer_norm_before  # in front of both halves, or (350m) behind them
+        asks = self.self_attn_layer_norm(hidden_states) if first else hidden_states
+        attended = self.self_attn(asks, attention_mask=kwargs.get("attention_mask"))[0]
+        states = (hidden_states + attended).flatten(0, 1)[read]
+        if not first:
+            states = self.self_attn_layer_norm(states)
+        inner = self.activation_fn(self.fc1(self.final_layer_norm(states) if first else states))
+        states = states + self.fc2(inner)
+        return (states if first else self.final_layer_norm(states),)
+
+
 class CausalDecoder(OPTDecoder):
     """LAVIS's ``OPTDecoder``, which also takes a batch whose padding stands behind all that counts.
 
@@ -25,25 +48,36 @@ class CausalDecoder(OPTDecoder):
     the result is that of the mask, to rounding.
     """
 
+    _is_compiled = False
+
     def forward(
         self,
         *args: Any,
         is_causal: bool = False,
         position: Optional[Tensor] = None,
         seen: Optional[Tensor] = None,
+        read: Optional[Tensor] = None,
         **kwargs: Any,
     ) -> Any:
         """As LAVIS's; with ``is_causal``, ``inputs_embeds`` (b, t, width) alone, and nothing is kept for later.
-        ``position`` and ``seen`` are then a `Packing`'s, of rows that hold several texts."""
+        ``position`` and ``seen`` are then a `Packing`'s, of rows that hold several texts; ``read`` (k,) says which of
+        the b * t positions are wanted, whose states are then (k, width)."""
         if not is_causal:
             return super().forward(*args, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self._causal(kwargs["inputs_embeds"], position, seen))
+        # Another number of positions in each batch would have the compiler begin again.
+        inside = None if self._is_compiled else read
+        states = self._causal(kwargs["inputs_embeds"], position, seen, inside)
+        states = states if read is inside else states.flatten(0, 1)[read]
+        return BaseModelOutputWithPast(last_hidden_state=states)
 
     def compile_causal(self, mode: str) -> None:
         """Have the way of what is trained behind compiled by `torch.compile`, not that of decoding."""
         self._causal = torch.compile(self._causal, mode=mode)  # type: ignore[method-assign]
+        self._is_compiled = True
 
-    def _causal(self, states: Tensor, position: Optional[Tensor], seen: Optional[Tensor]) -> Tensor:
+    def _causal(
+        self, states: Tensor, position: Optional[Tensor], seen: Optional[Tensor], read: Optional[Tensor]
+    ) -> Tensor:
         offset = self.embed_positions.offset
         if position is None:
             positions = self.embed_positions.weight[offset : offset + states.shape[1]]
@@ -52,8 +86,9 @@ class CausalDecoder(OPTDecoder):
         if self.project_in is not None:
             states = self.project_in(states)
         states = states + positions
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             states = layer(states, attention_mask=seen, use_cache=False)[0]
+        states = self.layers[-1](states, attention_mask=seen, use_cache=False, read=read)[0]
         if self.final_layer_norm is not None:
             states = self.final_layer_norm(states)
         return states if self.project_out is None else self.project_out(states)
@@ -70,6 +105,7 @@ class FrozenOPT(OPTForCausalLM):
         super().__init__(config)
         self.model.decoder.__class__ = CausalDecoder
         use_cached_attention(self.model.decoder.layers)
+        self.model.decoder.layers[-1].__class__ = ReadLayer
         self.requires_grad_(False)
         self.eval()
 

@@ -10,6 +10,7 @@ way through the language model, for every text but one.
 
 from typing import Dict, NamedTuple, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,22 +72,24 @@ def pack(
         starts.append(num_soft + filled[image])
         filled[image] += length
     row = num_soft + max(filled)
-    token = torch.zeros(num_images, row, dtype=torch.long)
-    position = torch.arange(row).expand(num_images, -1).clone()
-    text = torch.full((num_images, row), -1)  # which text a position belongs to: 0 the soft prompt's, -1 to none
+    # By NumPy: thousands of small steps, which PyTorch takes ten times as long for.
+    token = np.zeros((num_images, row), dtype=np.int64)
+    position = np.tile(np.arange(row), (num_images, 1))
+    text = np.full((num_images, row), -1)  # which text a position belongs to: 0 the soft prompt's, -1 to none
     text[:, :num_soft] = 0
-    predicted_at = torch.arange(columns).repeat(len(lengths), 1) - 1
+    predicted_at = np.tile(np.arange(columns) - 1, (len(lengths), 1))
     for n, (image, start, length) in enumerate(zip(image_of, starts, lengths)):
         place = slice(start, start + length)
-        token[image, place] = torch.arange(n * columns, n * columns + length)
-        position[image, place] = torch.arange(num_soft, num_soft + length)
+        token[image, place] = np.arange(n * columns, n * columns + length)
+        position[image, place] = np.arange(num_soft, num_soft + length)
         text[image, place] = n + 1
         predicted_at[n] += image * row + start
         predicted_at[n, 0] = image * row + num_soft - 1
-    text, token, position, predicted_at = (
-        each.to(device, non_blocking=True) for each in (text, token[:, num_soft:], position, predicted_at)
+    of_text, where, positions, predicted = (
+        torch.from_numpy(each).to(device, non_blocking=True)
+        for each in (text, token[:, num_soft:], position, predicted_at)
     )
-    of_same = text.unsqueeze(2) == text.unsqueeze(1)
+    of_same = of_text.unsqueeze(2) == of_text.unsqueeze(1)
     before = torch.ones(row, row, dtype=torch.bool, device=device).tril()
-    seen = before & (of_same | (text == 0).unsqueeze(1))
-    return Packing(token, position, seen.unsqueeze(1), predicted_at)
+    seen = before & (of_same | (of_text == 0).unsqueeze(1))
+    return Packing(where, positions, seen.unsqueeze(1), predicted)

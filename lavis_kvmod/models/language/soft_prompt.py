@@ -64,21 +64,22 @@ def token_losses(
     if not len(row):
         raise ValueError("nothing to predict in this batch: every caption is no longer than its prompt")
     if packing is None:
-        hidden = _hidden(opt, soft_prompt, text.input_ids)
-        predicts = hidden[:, max(q, 1) - 1 : -1][row, column]  # (k, width)
+        read = row * (q + text.input_ids.shape[1]) + max(q, 1) - 1 + column
+        predicts = _hidden(opt, soft_prompt, text.input_ids, read)
     else:
         ids = text.input_ids.flatten()[packing.token]  # (i, s)
-        hidden = _hidden(opt, soft_prompt, ids, position=packing.position, seen=packing.seen)
-        predicts = hidden.flatten(0, 1)[packing.predicted_at[row, column]]
+        read = packing.predicted_at[row, column]
+        predicts = _hidden(opt, soft_prompt, ids, read, position=packing.position, seen=packing.seen)
     logits = opt.lm_head(predicts)  # only where there is a loss
     return row, F.cross_entropy(logits.float(), text.targets[row, column + unseen], reduction="none")
 
 
-def _hidden(opt: Any, soft_prompt: Tensor, ids: Tensor, **packed: Tensor) -> Tensor:
-    """OPT's last hidden states (b, q + t, width) over soft prompts (b, q, width) and tokens (b, t)."""
+def _hidden(opt: Any, soft_prompt: Tensor, ids: Tensor, read: Tensor, **packed: Tensor) -> Tensor:
+    """OPT's last hidden states (k, width) at the positions ``read`` (k,), of the b * (q + t) of soft prompts
+    (b, q, width) and tokens (b, t)."""
     embedded = opt.get_input_embeddings()(ids)
     together = torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1)
-    return opt.model.decoder(inputs_embeds=together, is_causal=True, **packed).last_hidden_state
+    return opt.model.decoder(inputs_embeds=together, is_causal=True, read=read, **packed).last_hidden_state
 
 
 def full_mask(soft_prompt: Tensor, text: TextBatch) -> Tensor:
