@@ -12,7 +12,7 @@ from typing import Iterator, Union
 import numpy as np
 import torch
 
-__all__ = ["seeded", "stable_hash"]
+__all__ = ["own_randomness", "seed_from", "seeded", "stable_hash"]
 
 Part = Union[int, str]
 
@@ -35,21 +35,30 @@ def stable_hash(*parts: Part) -> int:
     return int.from_bytes(digest.digest()[:8], "little") >> 1
 
 
-@contextlib.contextmanager
-def seeded(*parts: Part) -> Iterator[None]:
-    """Seed Python's, NumPy's and PyTorch's global generators (the CPU's) from `stable_hash`, for the block alone.
-
-    Afterwards the three are as they were before.
-    """
+def seed_from(*parts: Part) -> None:
+    """Seed Python's, NumPy's and PyTorch's global generators (the CPU's) from `stable_hash`."""
     seed = stable_hash(*parts)
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
     # torch.manual_seed would reset the GPUs' generators too, which the training needs as they are.
     torch.default_generator.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def own_randomness() -> Iterator[None]:
+    """A block after which the three are as they were before, whatever it seeds and draws."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+@contextlib.contextmanager
+def seeded(*parts: Part) -> Iterator[None]:
+    """Seed the three for the block alone."""
+    with own_randomness():
+        seed_from(*parts)
+        yield

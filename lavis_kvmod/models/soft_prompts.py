@@ -145,13 +145,20 @@ class SoftPromptModel(KVModBase):
         self, soft_prompt: Tensor, text: TextBatch, row_weights: Optional[Tensor], image_of: Optional[Tensor] = None
     ) -> Dict[str, Tensor]:
         """Mean loss of texts (b, t), each behind its own soft prompt, or behind that of its image ``image_of`` (b,)."""
+        row, token_loss = self.token_losses(soft_prompt, text, image_of)
+        return mean_loss(token_loss, None if row_weights is None else row_weights.to(row.device)[row])
+
+    def token_losses(
+        self, soft_prompt: Tensor, text: TextBatch, image_of: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tensor]:
+        """The row of each labelled token of texts (b, t), and its loss, each (k,). ``soft_prompt`` is that of each text,
+        or of images, and ``image_of`` (b,) says which is a text's."""
         packing = None if image_of is None else self._packing(soft_prompt, text, image_of.tolist())
         if image_of is not None and packing is None:
             soft_prompt = soft_prompt[image_of.to(soft_prompt.device, non_blocking=True)]
         soft_prompt, seeing = self.into_language_model(soft_prompt)
         with self.autocast_for(self.opt_model), seeing:
-            row, token_loss = token_losses(self.opt_model, soft_prompt, text, packing)
-        return mean_loss(token_loss, None if row_weights is None else row_weights.to(row.device)[row])
+            return token_losses(self.opt_model, soft_prompt, text, packing)
 
     def _packing(self, soft_prompt: Tensor, text: TextBatch, image_of: List[int]) -> Optional[Packing]:
         """How the texts of an image share its row of the language model; None where that saves little."""

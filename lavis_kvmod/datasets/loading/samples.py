@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from lavis_kvmod.datasets.loading.images import Views, each_image_once
 from lavis_kvmod.datasets.loading.loader import PADDING, Batch, or_failure
 from lavis_kvmod.datasets.loading.plans import BatchPlan, EpochPlan, SamplePlan
-from lavis_kvmod.datasets.seeding import seeded, stable_hash
+from lavis_kvmod.datasets.seeding import own_randomness, seed_from, stable_hash
 
 __all__ = ["SampleSource"]
 
@@ -55,11 +55,12 @@ class SampleSource:
     def read(self, batch: BatchPlan) -> Batch:
         """What a batch holds."""
         samples, views = [], Views()
-        for index in batch.samples:
-            with seeded(self.seed, batch.epoch, self.plan.view(index)):
-                samples.append(self.dataset[index] if self.plan.images is None else views.sample(self.dataset, index))
         collate = self.collate or getattr(self.dataset, "collater", None) or torch.utils.data.default_collate
-        with seeded(self.seed, batch.epoch, "batch", batch.number):
+        with own_randomness():
+            for index in batch.samples:
+                seed_from(self.seed, batch.epoch, self.plan.view(index))
+                samples.append(self.dataset[index] if self.plan.images is None else views.sample(self.dataset, index))
+            seed_from(self.seed, batch.epoch, "batch", batch.number)
             read = collate(samples)
         if self.plan.images is not None:
             read = each_image_once(read, samples)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lavis_kvmod.models.language.answers import answers_of
-from lavis_kvmod.models.language.soft_prompt import token_losses
 from lavis_kvmod.models.language.text import answer_batch
 
 __all__ = ["answer_log_probs"]
@@ -19,7 +18,7 @@ def answer_log_probs(model: Any, samples: Dict[str, Any]) -> Tensor:
     targets = answers_of(samples, draw=False)
     asked = [contexts[i] for i in targets.rows.tolist()]
     text = answer_batch(model.opt_tokenizer, asked, targets.answers, model.device)
-    soft_prompt, seeing = model.into_language_model(model.soft_prompts(samples)[targets.rows])
-    with model.autocast_for(model.opt_model), seeing:
-        row, token_loss = token_losses(model.opt_model, soft_prompt, text)
+    image_of = None if model.reads_questions else samples.get("image_index")
+    image_of = targets.rows if image_of is None else image_of.cpu()[targets.rows]
+    row, token_loss = model.token_losses(model._of_images(samples, asked=True), text, image_of)
     return token_loss.new_zeros(len(targets.answers)).index_add(0, row, -token_loss)

@@ -160,3 +160,10 @@ def test_the_log_probabilities_of_given_answers_are_the_losses(build, vqa_batch)
     rows = [0, 0, 0, 1]
     for value, row, answer in zip(found.tolist(), rows, vqa_batch["answer"]):
         assert value == pytest.approx(log_probability(model, one(vqa_batch, row), answer), abs=1e-4)
+
+
+def test_they_are_the_same_where_questions_share_an_image(build, vqa_batch):
+    model, image = build().eval(), vqa_batch["image"][:1]
+    apart = answer_log_probs(model, {**vqa_batch, "image": image.expand(2, -1, -1, -1)})
+    shared = answer_log_probs(model, {**vqa_batch, "image": image, "image_index": torch.tensor([0, 0])})
+    torch.testing.assert_close(shared, apart, rtol=1e-5, atol=1e-5)
