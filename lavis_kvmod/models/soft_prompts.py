@@ -151,8 +151,8 @@ class SoftPromptModel(KVModBase):
     def token_losses(
         self, soft_prompt: Tensor, text: TextBatch, image_of: Optional[Tensor] = None
     ) -> Tuple[Tensor, Tensor]:
-        """The row of each labelled token of texts (b, t), and its loss, each (k,). ``soft_prompt`` is that of each text,
-        or of images, and ``image_of`` (b,) says which is a text's."""
+        """The row of each labelled token of texts (b, t), and its loss, each (k,). ``soft_prompt`` is that of each
+        text, or of images, and ``image_of`` (b,) says which is a text's."""
         packing = None if image_of is None else self._packing(soft_prompt, text, image_of.tolist())
         if image_of is not None and packing is None:
             soft_prompt = soft_prompt[image_of.to(soft_prompt.device, non_blocking=True)]
