@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "lavis_kvmod.pth")
 PACKAGED_FOLDERS = ("lavis_kvmod", "configs", "projects", "studies")
 # `pip install .` makes a wheel, and installs it.
-WAYS = ("wheel", pytest.param("pip install .", marks=pytest.mark.slow), "pip install -e .")
+WAYS = ("wheel", *(pytest.param(way, marks=pytest.mark.slow) for way in ("pip install .", "pip install -e .")))
 
 # Runs each code of a JSON object in a child of its own, and prints their exit codes and what they wrote.
 CHILDREN = r"""
@@ -263,6 +263,7 @@ def test_the_console_script_answers(environment):
     assert "unset LAVIS_KVMOD_DISABLE" in disabled.stderr
 
 
+@pytest.mark.slow
 def test_disabled_means_stock_lavis(environment):
     code = """
 import importlib.util, sys

@@ -218,6 +218,7 @@ def test_best_may_be_zero_or_less(run_file, tmp_path, monkeypatch):
     assert (best["epoch"], best["best_agg_metric"]) == (1, -2.0)
 
 
+@pytest.mark.slow
 def test_where_nothing_is_scored_the_newest_is_the_best(run_file, tmp_path, monkeypatch):
     from lavis_kvmod.tasks.vqa import KVModVQATask
 

@@ -173,8 +173,15 @@ def as_json(rows, split, tmp_path, write_csv):
 @pytest.mark.parametrize(
     "command", [by_function, pytest.param(by_command, marks=pytest.mark.slow)], ids=["function", "command"]
 )
-@pytest.mark.parametrize("layout", ["tsv", "json", "shards"])
-@pytest.mark.parametrize("kind", ["vqa", "caption"])
+@pytest.mark.parametrize(
+    "kind, layout",
+    [
+        ("vqa", "tsv"),
+        ("caption", "shards"),
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in (("vqa", "json"), ("vqa", "shards"))),
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in (("caption", "tsv"), ("caption", "json"))),
+    ],
+)
 def test_handwriting_in_sub_folders_to_the_report(run_file, handwriting, write_csv, tmp_path, kind, layout, command):
     rows = handwriting(kind)
     write = as_json if layout == "json" else as_tsv

@@ -174,6 +174,7 @@ def test_the_published_model_on_a_24_gib_gpu(monkeypatch):
     assert evaluation.step == "run.batch_size_eval=64"
 
 
+@pytest.mark.slow
 def test_the_doctor_is_no_torchrun():
     found = findings_of("projects/kvmod/demo_vqa.yaml", ["run.fsdp=true"], Machine(memory_total=64 * GIB))
     assert not [finding.text for finding in found if finding.mark not in (OK, NOTE)]

@@ -131,6 +131,7 @@ def test_accumulated_batches_are_one_large_batch(steady_run, in_process, runs):
         assert_same_training(path, runs("one")[0], runs(folder)[0])
 
 
+@pytest.mark.slow
 def test_the_process_group_is_left_at_the_end(write_run, in_process):
     """As NCCL wants it; that the process then ends well is `tests/system/test_ending.py`'s."""
     path = write_run(max_epoch=1, valid_splits=[])
@@ -144,6 +145,7 @@ def test_the_process_group_is_left_at_the_end(write_run, in_process):
     assert "Warning" not in output and "No validation splits" not in output, output
 
 
+@pytest.mark.slow
 def test_srun_starts_one_run_of_several_processes(write_run, in_process, runs):
     """LAVIS's `init_distributed_mode` reads SLURM_PROCID; each task was a run of its own here."""
     path = write_run(max_epoch=1, valid_splits=[])

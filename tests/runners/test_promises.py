@@ -97,6 +97,7 @@ def test_deterministic_computes_only_what_gives_the_same_bits(write_run, monkeyp
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_what_is_deterministic_comes_twice_the_same(write_run, runs, assert_same_run):
     try:
         for name in ("first.yaml", "second.yaml"):
@@ -278,6 +279,7 @@ def test_the_profiler_looks_at_some_batches(write_run, runs, capsys):
         load_config(write_run(profiler={"skip": 0}))
 
 
+@pytest.mark.slow
 def test_the_share_leaves_the_runs_randomness_alone(write_run, runs, monkeypatch):
     """Also where a model draws numbers to tell it."""
     train(write_run(max_epoch=1, valid_splits=[]))
@@ -322,6 +324,7 @@ def test_tensorboard_draws_both_logs(write_run, runs):
     assert events.Scalars("train_loss")[0].step == 7
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_the_same(write_run, runs, monkeypatch, tmp_path):
     """A stand-in for its client, which needs an account: what is called, and with what."""
     (tmp_path / "wandb.py").write_text(

@@ -14,6 +14,7 @@ from lavis_kvmod.weights import files as checkpoints
 LAST = "checkpoint_last.pth"
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_an_epoch(write_run, in_process, runs, killed_before_step, assert_same_run):
     """With workers, accumulation, random crops, dropout and drawn answers. 7 batches an epoch make 4 steps: step 6 is
     in the second epoch, and the checkpoint before it too."""

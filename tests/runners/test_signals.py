@@ -35,7 +35,10 @@ def test_where_nothing_is_to_be_saved_the_first_stops():
             pytest.fail("went on")
 
 
-@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "exit_code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_after_the_step_and_the_run_goes_on_from_there(
     write_run, in_process, runs, killed_before_step, assert_same_run, signum, exit_code
 ):
