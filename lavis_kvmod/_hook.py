@@ -76,10 +76,16 @@ class _LavisFinder:
         ``lavis_kvmod.tasks.vqa`` would meet that module half-made, so it waits until the
         outermost one is whole.
         """
+        import gc
+
         self._depth += 1
         _wait_asleep()
         if module.__name__ == "lavis":
             _keep_from_tilde()
+        # Thousands of modules are read, and nothing of them is garbage: a collector that looks through all there is
+        # again and again takes a twentieth of the time.
+        collects = gc.isenabled()
+        gc.disable()
         try:
             loader.exec_module(module)
             self._due = self._due or module.__name__ == "lavis"
@@ -88,6 +94,8 @@ class _LavisFinder:
             if self._due and self._depth == 0:
                 self._due = False
                 _activate()
+            if collects:
+                gc.enable()
 
 
 class _WatchedLoader:

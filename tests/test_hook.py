@@ -117,6 +117,21 @@ except RuntimeError as error:
     assert python(RECORD + code) == "of its own None [] False"
 
 
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("ends", ["", "raise RuntimeError"])
+def test_nothing_is_collected_while_lavis_is_imported(python, lavis, before, ends):
+    lavis(f"import gc\ngc.seen = gc.isenabled()\n{ends}\n")
+    code = f"""
+import contextlib, gc
+if not {before}:
+    gc.disable()
+with contextlib.suppress(RuntimeError):
+    import lavis
+print(gc.seen, gc.isenabled())
+"""
+    assert python(RECORD + code) == f"False {before}"
+
+
 def test_without_lavis_nothing_happens(python):
     code = """
 try:
