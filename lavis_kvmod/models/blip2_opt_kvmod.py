@@ -27,7 +27,7 @@ from lavis_kvmod.models.language.decoding import Search
 from lavis_kvmod.models.language.gated_cross_attention import GatedLayers
 from lavis_kvmod.models.language.opt import FrozenOPT
 from lavis_kvmod.models.language.soft_prompt import ScoredAnswer, rank_answers
-from lavis_kvmod.models.language.text import Prompt, answer_batch, caption_batch, caption_contexts
+from lavis_kvmod.models.language.text import Prompt, answer_batch
 from lavis_kvmod.models.settings import ANSWER_LOSSES, ModelSettings
 from lavis_kvmod.models.several_images import by_number
 from lavis_kvmod.models.soft_prompts import Encoded, SoftPromptModel, together
@@ -142,7 +142,9 @@ class Blip2OPTKVMod(SoftPromptModel):
                 what image each text belongs to. For captioning, ``text_input`` is the b captions. For
                 VQA it is the b questions, with ``answer`` (all answers of all questions in one list), ``n_answers``
                 (b,) and ``weight`` (one for each answer), as LAVIS's collater gives them. ``prompt`` may replace
-                the model's own, for all or one for each sample.
+                the model's own, for all or one for each sample. For conversations (docs/conversations.md) images stand
+                where their questions have ``<image>``: ``turns``, for each sample pairs of question and answer, which
+                are all learnt; or questions as above with ``history``, the pairs before each.
 
         Returns:
             ``loss``: mean cross-entropy over the tokens to be predicted, which are the captions after the prompt, or
@@ -162,12 +164,7 @@ class Blip2OPTKVMod(SoftPromptModel):
             image_of = rows if image_of is None else image_of[rows]
             text = answer_batch(self.opt_tokenizer, [contexts[i] for i in rows.tolist()], answers, self.device)
         else:
-            row_weights = None
-            prompt = samples.get("prompt", self.prompt)
-            text = caption_batch(
-                *(self.opt_tokenizer, samples["text_input"], prompt, self.max_txt_len, self.device),
-                split=self.split_texts and self.training,
-            )
+            row_weights, text = None, self._told(samples)
         return self._language_loss(soft_prompt, text, row_weights, image_of)
 
     # ------------------------------------------------------------ generation
@@ -200,7 +197,7 @@ class Blip2OPTKVMod(SoftPromptModel):
         Returns:
             b * num_captions strings, the captions of an image together; with ``return_scores`` as `ScoredAnswer`.
         """
-        contexts = caption_contexts(self.opt_tokenizer, samples.get("prompt", self.prompt), self.num_samples(samples))
+        contexts = self._begun(samples)
         search = Search(
             max_new_tokens=max_length,
             num_beams=1 if use_nucleus_sampling else num_beams,
@@ -233,7 +230,8 @@ class Blip2OPTKVMod(SoftPromptModel):
         return_scores: bool = False,
         **kwargs: Any,
     ) -> Union[List[str], List[ScoredAnswer]]:
-        """Answer ``samples["text_input"]`` (a question, or one for each image) about ``samples["image"]``.
+        """Answer ``samples["text_input"]`` (a question, or one for each image) about ``samples["image"]``, behind its
+        ``history`` (pairs of question and answer for each sample) where there is one.
 
         Args:
             prompt: frame of the question, with ``{}`` in its place; one for all or a list. Empty takes

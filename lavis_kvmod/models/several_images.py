@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lavis_kvmod.models.connectors.kv_prefix import PrefixGenerator
 from lavis_kvmod.models.vision.feature_cache import FrozenFeatures
 
-__all__ = ["ImagePlaces", "Seen", "by_number", "in_order", "one_by_one"]
+__all__ = ["ImagePlaces", "Seen", "by_number", "each_by_itself", "in_order", "one_by_one"]
 
 
 class Seen(NamedTuple):
@@ -85,6 +85,24 @@ def in_order(parts: Sequence[Tensor], rows: Sequence[List[int]]) -> Tensor:
     """What was computed for the groups of `by_number`, as the samples stand in the batch."""
     order = torch.tensor([row for own in rows for row in own]).argsort()
     return torch.cat(list(parts))[order.to(parts[0].device)]
+
+
+def each_by_itself(samples: Mapping[str, Any]) -> Tuple[Dict[str, Any], List[List[int]]]:
+    """The images of a batch's samples (or, with ``image_index``, of what they show) as a batch of one image each, and
+    which of them are each sample's."""
+    image, keys = samples["image"], samples.get("image_key")
+    numbers = [[i] for i in range(len(image))]
+    if image.ndim == 5:
+        shape = tuple(image.shape[:2])
+        given = _of_images(samples, "image_mask", shape)
+        mask = torch.ones(shape, dtype=torch.bool) if given is None else given.bool()
+        counted = (mask.flatten().cumsum(0) - 1).view(shape).tolist()
+        numbers = [[n for n, there in zip(*row) if there] for row in zip(counted, mask.tolist())]
+        image = image[mask.to(image.device)]
+        keys = None if keys is None else [key for own in keys for key in own]
+    alone = {"image": image} if keys is None else {"image": image, "image_key": keys}
+    shown = samples.get("image_index")
+    return alone, numbers if shown is None else [numbers[i] for i in shown.tolist()]
 
 
 def one_by_one(samples: Mapping[str, Any]) -> Tuple[Tensor, Any]:

@@ -10,13 +10,23 @@ from lavis_kvmod.models.base import KVModBase
 from lavis_kvmod.models.connectors.aux_tokens import AuxTokens, joined
 from lavis_kvmod.models.connectors.qformer import QFormerOutput
 from lavis_kvmod.models.language.answers import mean_loss
+from lavis_kvmod.models.language.conversation import LaidOut, Turn, conversation_ids, in_conversation
 from lavis_kvmod.models.language.decoding import Search
 from lavis_kvmod.models.language.gated_cross_attention import GatedLayers
 from lavis_kvmod.models.language.opt import FrozenOPT
 from lavis_kvmod.models.language.packing import Packing, pack, packing_pays
 from lavis_kvmod.models.language.soft_prompt import ScoredAnswer, continue_texts, token_losses
-from lavis_kvmod.models.language.text import QUESTION, Prompt, TextBatch, question_contexts
-from lavis_kvmod.models.several_images import Seen, in_order
+from lavis_kvmod.models.language.text import (
+    QUESTION,
+    Prompt,
+    TextBatch,
+    caption_batch,
+    caption_contexts,
+    labelled_batch,
+    one_each,
+    question_contexts,
+)
+from lavis_kvmod.models.several_images import Seen, each_by_itself, in_order
 
 __all__ = ["Encoded", "SoftPromptModel", "together"]
 
@@ -44,6 +54,7 @@ class SoftPromptModel(KVModBase):
     opt_tokenizer: Any
     eos_token_id: int
     prompt: str
+    split_texts: bool
     max_txt_len: int
     qformer_tokenizer: Any
     opt_proj: Optional[nn.Linear]
@@ -56,12 +67,12 @@ class SoftPromptModel(KVModBase):
 
     def soft_prompts(self, samples: Dict[str, Any], asked: bool = False) -> Tensor:
         """The soft prompt of each sample, (b, q, width). An image is encoded once, however many samples show it
-        (``image_index`` (b,)), and not at all if `encoded` has been given the batch.
+        (``image_index`` (b,)), and not at all if `encoded` has been given the batch. In conversations, of each image.
 
         ``asked`` says that ``text_input`` is questions, as it is where there are answers; else it is captions.
         """
         soft_prompt = self._of_images(samples, asked)
-        if "image_index" not in samples or self.reads_questions:
+        if "image_index" not in samples or self.reads_questions or in_conversation(samples):
             return soft_prompt
         return soft_prompt[samples["image_index"]]
 
@@ -69,9 +80,17 @@ class SoftPromptModel(KVModBase):
         """The soft prompt of each image (i, q, width); of each sample, where the Q-Former reads its question."""
         if "soft_prompt" in samples:
             return samples["soft_prompt"]
+        if in_conversation(samples):
+            self._require_places()
+            samples = each_by_itself(samples)[0]
         if not (asked or "answer" in samples):  # a caption is not to be shown
             samples = {key: value for key, value in samples.items() if key != "text_input"}
         return self.encode(samples).soft_prompt
+
+    def _require_places(self) -> None:
+        if self.gated_layers is not None or self.reads_questions:
+            what = "fusion: gated_cross_attention" if self.gated_layers is not None else "qformer_text_input"
+            raise ValueError(f"model.{what}: a conversation's images have no place in its text; leave it out")
 
     def encoded(self, samples: Dict[str, Any]) -> Dict[str, Any]:
         """The batch with the soft prompts of its images, for several passes (answers and a loss) over the same ones."""
@@ -153,6 +172,8 @@ class SoftPromptModel(KVModBase):
     ) -> Tuple[Tensor, Tensor]:
         """The row of each labelled token of texts (b, t), and its loss, each (k,). ``soft_prompt`` is that of each
         text, or of images, and ``image_of`` (b,) says which is a text's."""
+        if text.has_images:  # it names them itself
+            image_of = None
         packing = None if image_of is None else self._packing(soft_prompt, text, image_of.tolist())
         if image_of is not None and packing is None:
             soft_prompt = soft_prompt[image_of.to(soft_prompt.device, non_blocking=True)]
@@ -176,7 +197,43 @@ class SoftPromptModel(KVModBase):
         if len(questions) != count:
             raise ValueError(f"{count} images but {len(questions)} questions")
         prompt = prompt or samples.get("prompt") or (self.prompt if QUESTION in self.prompt else "")
+        if in_conversation(samples):
+            turns = [[*before, (question, None)] for before, question in zip(samples["history"], questions)]
+            return [laid_out.ids for laid_out in self._laid_out(samples, turns, prompt)]
         return question_contexts(self.opt_tokenizer, questions, prompt, self.max_txt_len)
+
+    def _laid_out(
+        self, samples: Mapping[str, Any], turns: Sequence[Sequence[Turn]], prompt: Prompt, then: Sequence[str] = ()
+    ) -> List[LaidOut]:
+        """The batch's conversations, with their images at their places."""
+        q, images = self.num_soft_prompt, each_by_itself(samples)[1]
+        found = []
+        for i, (own, template) in enumerate(zip(turns, one_each(prompt, len(turns)))):
+            soft = [range(-1 - number * q, -1 - (number + 1) * q, -1) for number in images[i]]
+            ends = then[i] if then else None
+            found.append(conversation_ids(self.opt_tokenizer, own, template, self.max_txt_len, soft, ends))
+        return found
+
+    def _told(self, samples: Dict[str, Any]) -> TextBatch:
+        """What is learnt without questions of its own: captions, or whole conversations with all their answers."""
+        prompt = samples.get("prompt", self.prompt)
+        if "turns" in samples:
+            laid_out = self._laid_out(samples, samples["turns"], prompt)
+            ids, labels = [own.ids for own in laid_out], [own.labels for own in laid_out]
+            return labelled_batch(self.opt_tokenizer, ids, labels, self.device)
+        return caption_batch(
+            *(self.opt_tokenizer, samples["text_input"], prompt, self.max_txt_len, self.device),
+            split=self.split_texts and self.training,
+        )
+
+    def _begun(self, samples: Dict[str, Any]) -> List[List[int]]:
+        """Token ids of what `generate` continues: prompts, behind a conversation's turns where there are any."""
+        prompt, count = samples.get("prompt", self.prompt), self.num_samples(samples)
+        if not in_conversation(samples):
+            return caption_contexts(self.opt_tokenizer, prompt, count)
+        frame = self.prompt if QUESTION in self.prompt else ""
+        then = one_each("" if QUESTION in prompt else prompt, count)
+        return [laid_out.ids for laid_out in self._laid_out(samples, samples["history"], frame, then)]
 
     def _continue(
         self, soft_prompt: Tensor, contexts: List[List[int]], search: Search, return_scores: bool

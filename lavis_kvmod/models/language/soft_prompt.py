@@ -1,7 +1,9 @@
 """OPT behind a soft prompt: the loss of a text, its continuation, and which of many answers is likeliest.
 
 Positions are [q soft-prompt vectors | t text tokens]. The text's first token is predicted at the last soft-prompt
-vector, every other one at the token before it.
+vector, every other one at the token before it. In a conversation images stand in the midst of the text instead
+(`lavis_kvmod.models.language.conversation`): ids below 0 are then vectors of soft prompts, counted from -1 through all
+of the batch's, and nothing stands in front.
 """
 
 import math
@@ -57,7 +59,7 @@ def token_losses(
     Raises:
         ValueError: if no token is labelled, or the language model has not so many positions.
     """
-    q = soft_prompt.shape[1]
+    q = in_front(soft_prompt, text)
     require_positions(opt, q, text.input_ids.shape[1])
     unseen = int(q == 0)  # without a soft prompt nothing stands before the text's first token
     row, column = (text.targets[:, unseen:] != IGNORED).nonzero(as_tuple=True)
@@ -65,25 +67,40 @@ def token_losses(
         raise ValueError("nothing to predict in this batch: every caption is no longer than its prompt")
     if packing is None:
         read = row * (q + text.input_ids.shape[1]) + max(q, 1) - 1 + column
-        predicts = _hidden(opt, soft_prompt, text.input_ids, read)
+        predicts = _read(opt, embedded(opt, soft_prompt, text.input_ids, text.has_images), read)
     else:
         ids = text.input_ids.flatten()[packing.token]  # (i, s)
         read = packing.predicted_at[row, column]
-        predicts = _hidden(opt, soft_prompt, ids, read, position=packing.position, seen=packing.seen)
+        predicts = _read(opt, embedded(opt, soft_prompt, ids), read, position=packing.position, seen=packing.seen)
     logits = opt.lm_head(predicts)  # only where there is a loss
     return row, F.cross_entropy(logits.float(), text.targets[row, column + unseen], reduction="none")
 
 
-def _hidden(opt: Any, soft_prompt: Tensor, ids: Tensor, read: Tensor, **packed: Tensor) -> Tensor:
-    """OPT's last hidden states (k, width) at the positions ``read`` (k,), of the b * (q + t) of soft prompts
-    (b, q, width) and tokens (b, t)."""
-    embedded = opt.get_input_embeddings()(ids)
-    together = torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1)
-    return opt.model.decoder(inputs_embeds=together, is_causal=True, read=read, **packed).last_hidden_state
+def in_front(soft_prompt: Tensor, text: TextBatch) -> int:
+    """How many vectors of a soft prompt (…, q, width) stand before the text."""
+    return 0 if text.has_images else soft_prompt.shape[1]
+
+
+def embedded(opt: Any, soft_prompt: Tensor, ids: Tensor, has_images: bool = False) -> Tensor:
+    """What OPT reads: soft prompts (b, q, width) in front of tokens (b, t), as (b, q + t, width); or those of i images
+    (i, q, width) where ids (b, t) name their vectors, as (b, t, width)."""
+    words = opt.get_input_embeddings()
+    if not has_images:
+        of_words = words(ids)
+        return torch.cat([soft_prompt.to(of_words.dtype), of_words], dim=1)
+    of_words, vectors = words(ids.clamp(min=0)), soft_prompt.flatten(0, 1)
+    return torch.where(ids.unsqueeze(-1) < 0, vectors[(-1 - ids).clamp(min=0)].to(of_words.dtype), of_words)
+
+
+def _read(opt: Any, states: Tensor, read: Tensor, **packed: Tensor) -> Tensor:
+    """OPT's last hidden states (k, width) at the positions ``read`` (k,), of all b * p of ``states`` (b, p, width)."""
+    return opt.model.decoder(inputs_embeds=states, is_causal=True, read=read, **packed).last_hidden_state
 
 
 def full_mask(soft_prompt: Tensor, text: TextBatch) -> Tensor:
-    """Attention mask (b, q + t): the soft prompt is seen by all."""
+    """Attention mask (b, q + t): the soft prompt is seen by all. (b, t) where images stand in the text."""
+    if text.has_images:
+        return text.attention_mask
     seen = text.attention_mask.new_ones(soft_prompt.shape[:2])
     return torch.cat([seen, text.attention_mask], dim=1)
 
@@ -97,13 +114,12 @@ def continue_texts(
         ValueError: if the language model has not so many positions, or for what cannot be searched.
     """
     text = prompt_batch(tokenizer, contexts, soft_prompt.device)
-    require_positions(opt, soft_prompt.shape[1], text.input_ids.shape[1], search.max_new_tokens)
-    embedded = opt.get_input_embeddings()(text.input_ids)
+    require_positions(opt, in_front(soft_prompt, text), text.input_ids.shape[1], search.max_new_tokens)
     return decode(
         opt,
-        torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1),
+        embedded(opt, soft_prompt, text.input_ids, text.has_images),
         full_mask(soft_prompt, text),
-        text.input_ids,
+        text.input_ids.masked_fill(text.input_ids < 0, tokenizer.pad_token_id),
         search,
         stop=stop,
         pad=tokenizer.pad_token_id,
@@ -133,13 +149,12 @@ def rank_answers(
         raise ValueError("inference_method 'rank' needs candidates: give answer_list, or use 'generate'")
     ids = [answer_ids(tokenizer, answer, f"candidate {i}") for i, answer in enumerate(candidates)]
     prompt = prompt_batch(tokenizer, contexts, soft_prompt.device)
-    require_positions(opt, soft_prompt.shape[1], prompt.input_ids.shape[1], max(map(len, ids)))
-    embedded = opt.get_input_embeddings()(prompt.input_ids)
+    require_positions(opt, in_front(soft_prompt, prompt), prompt.input_ids.shape[1], max(map(len, ids)))
     mask = full_mask(soft_prompt, prompt)
     seeing = seeing or _nothing_else
     with seeing(torch.arange(len(contexts), device=soft_prompt.device)):
         shared = opt.model.decoder(
-            inputs_embeds=torch.cat([soft_prompt.to(embedded.dtype), embedded], dim=1),
+            inputs_embeds=embedded(opt, soft_prompt, prompt.input_ids, prompt.has_images),
             attention_mask=mask,
             use_cache=True,
             return_dict=True,

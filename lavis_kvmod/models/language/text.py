@@ -24,12 +24,14 @@ Device = Union[str, torch.device]
 
 class TextBatch(NamedTuple):
     """Token ids (b, t), their attention mask (b, t) and, for training, labels (b, t); ``lengths``, each text's number
-    of tokens, which no device has to be asked for."""
+    of tokens, and ``has_images``, whether some ids are negative and stand for soft prompts in the midst of the text:
+    what no device has to be asked for."""
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Optional[Tensor] = None
     lengths: Sequence[int] = ()
+    has_images: bool = False
 
     @property
     def targets(self) -> Tensor:
@@ -64,10 +66,14 @@ def one_each(prompt: Prompt, count: int) -> List[str]:
 
 
 @lru_cache(maxsize=2**15)
-def _token_ids(tokenizer: Any, text: str, after_text: bool = False) -> Tuple[int, ...]:
-    """Ids of a text, behind BOS unless it stands ``after_text``. Questions and answers come again and again, and OPT's
-    tokenizer is written in Python: a batch of 256 takes it 0.1 s."""
+def _ids_of(tokenizer: Any, text: str, after_text: bool) -> Tuple[int, ...]:
+    # Questions and answers come again and again, and OPT's tokenizer is written in Python: a batch of 256 takes 0.1 s.
     return tuple(tokenizer(text, add_special_tokens=not after_text).input_ids)
+
+
+def text_ids(tokenizer: Any, text: str, after_text: bool = False) -> List[int]:
+    """Token ids of a text, behind BOS unless it stands ``after_text``."""
+    return list(_ids_of(tokenizer, text, after_text))
 
 
 def question_contexts(tokenizer: Any, questions: Sequence[str], prompt: Prompt, max_length: int) -> List[List[int]]:
@@ -97,7 +103,7 @@ def question_contexts(tokenizer: Any, questions: Sequence[str], prompt: Prompt, 
 def _fit(tokenizer: Any, template: str, question: str, max_length: int) -> List[int]:
     def ids(end: int) -> List[int]:
         # The template is filled by `replace`, not `format`: a question may itself contain braces.
-        return list(_token_ids(tokenizer, template.replace(QUESTION, question[:end].rstrip())))
+        return text_ids(tokenizer, template.replace(QUESTION, question[:end].rstrip()))
 
     whole = ids(len(question))
     if len(whole) <= max_length:
@@ -171,7 +177,7 @@ def answer_ids(tokenizer: Any, answer: str, what: str = "the answer") -> List[in
     answer = one_line(answer)
     if not answer:
         raise ValueError(f"{what} is empty")
-    return list(_token_ids(tokenizer, f" {answer}\n", after_text=True))
+    return text_ids(tokenizer, f" {answer}\n", after_text=True)
 
 
 def answer_batch(tokenizer: Any, contexts: Sequence[List[int]], answers: Sequence[str], device: Device) -> TextBatch:
@@ -190,6 +196,11 @@ def continuation_batch(
     """Contexts followed by token ids, padded on the right; only what was added is labelled."""
     rows = [context + target for context, target in zip(contexts, added)]
     labels = [[IGNORED] * len(context) + target for context, target in zip(contexts, added)]
+    return labelled_batch(tokenizer, rows, labels, device)
+
+
+def labelled_batch(tokenizer: Any, rows: Sequence[List[int]], labels: Sequence[List[int]], device: Device) -> TextBatch:
+    """Token ids with a label each, padded on the right."""
     return _pad(tokenizer, rows, labels, side="right", device=device)
 
 
@@ -254,4 +265,5 @@ def _pad(
         attention_mask=padded([[1] * len(row) for row in rows], 0),
         labels=None if labels is None else padded(labels, IGNORED),
         lengths=[len(row) for row in rows],
+        has_images=any(min(row, default=0) < 0 for row in rows),
     )
