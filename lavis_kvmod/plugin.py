@@ -37,6 +37,7 @@ _REGISTERED = (
     ("builder", "wds_caption", "lavis_kvmod.datasets.shards.builders", "WdsCaptionBuilder"),
     ("builder", "custom_vqa", "lavis_kvmod.datasets.custom", "CustomVQABuilder"),
     ("builder", "custom_caption", "lavis_kvmod.datasets.custom", "CustomCaptionBuilder"),
+    ("builder", "custom_instruct", "lavis_kvmod.datasets.instruct", "CustomInstructBuilder"),
     ("builder", "custom_retrieval", "lavis_kvmod.datasets.retrieval", "CustomRetrievalBuilder"),
     ("builder", "artquest", "lavis_kvmod.datasets.artquest", "ArtQuestBuilder"),
     ("builder", "vqav2", "lavis_kvmod.datasets.vqav2", "VQAv2Builder"),

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lavis_kvmod.config.keys import run_settings, unread_keys
 from lavis_kvmod.datasets.checks import builder_getter
-from lavis_kvmod.models.language.positions import length_problems
+from lavis_kvmod.models.language.positions import known_positions, length_problems
 from lavis_kvmod.models.loading import stage_problem, text_side_problem
 from lavis_kvmod.models.settings import ARCH, ModelSettings, SettingsError, Stage1Settings, settings_of
 from lavis_kvmod.system.distributed import launched_rank
@@ -221,6 +221,35 @@ def too_many_images_problems(cfg: "KVModConfig") -> List[str]:
             problems.append(
                 f"model.max_images: expected at least {number}, the images that datasets.{name} has in {source}; "
                 f"got {takes}"
+            )
+    return problems + _conversation_problems(cfg)
+
+
+def _conversation_problems(cfg: "KVModConfig") -> List[str]:
+    """Conversations that are longer than the language model, or for which images have no place in its text."""
+    get, model = builder_getter(cfg.run_cfg), ModelSettings.check(cfg.model_cfg)[0]
+    told = [name for name in cfg.datasets_cfg if hasattr(get(name), "longest")]
+    if not told or cfg.model_cfg.arch != ARCH:
+        return [f"datasets.{name}: expected model.arch {ARCH}, got {cfg.model_cfg.arch}" for name in told]
+    elsewhere = [
+        f"model.{key}: the images of datasets.{told[0]} stand in the language model's text; leave it out"
+        for key, is_set in (
+            ("fusion: gated_cross_attention", model.fusion != "soft_prompt"),
+            ("qformer_text_input", model.qformer_text_input),
+        )
+        if is_set
+    ]
+    num_soft, has = model.num_soft_prompt(), known_positions(model.opt_model)
+    if elsewhere or num_soft is None or has is None:
+        return elsewhere
+    problems = []
+    for name in told:
+        images, words, source = get(name).longest(num_soft)
+        if images * num_soft + words > has:
+            problems.append(
+                f"datasets.{name}: {source} has {images} images of {num_soft} vectors and {words} words, "
+                f"{images * num_soft + words} positions or more, and {model.opt_model} has {has}; shorten it, or take "
+                "a connector with fewer vectors"
             )
     return problems
 

@@ -31,10 +31,10 @@ from lavis_kvmod.datasets.splits import DEFAULT_SEED, split_by_image, split_prob
 from lavis_kvmod.datasets.storage import looked_for, places, stored, strings
 from lavis_kvmod.datasets.tables import Row, Table, read_table
 
-__all__ = ["CustomCaptionBuilder", "CustomVQABuilder"]
+__all__ = ["CustomBuilder", "CustomCaptionBuilder", "CustomVQABuilder"]
 
 
-class _CustomBuilder(AnnotationBuilder):
+class CustomBuilder(AnnotationBuilder):
     """Reads the files; which columns there are is the subclasses'."""
 
     settings_class: Type[CustomSettings] = CustomSettings
@@ -92,7 +92,7 @@ class _CustomBuilder(AnnotationBuilder):
         options = {key: getattr(self.settings, key) for key in ("format", "delimiter", "encoding")}
         table = read_table(path, expected=expected, name=called, **options)
         columns = self._columns_in(table, split, called)
-        separator = getattr(self.settings, f"{self.target}_separator")
+        separator = getattr(self.settings, f"{self.target}_separator", None)
         rows = [self._annotation(row, columns, separator) for row in table.rows]
         unclear = [text for row in rows for text in row.get(self.target) or () if looks_like_a_list(text)]
         if unclear:
@@ -110,7 +110,7 @@ class _CustomBuilder(AnnotationBuilder):
         cells = {key: [row.values.get(name) for name in names] for key, names in columns.items()}
         try:
             annotation["image"] = _images(cells["image"])
-            if not annotation["image"] and cells["video"]:
+            if not annotation["image"] and cells.get("video"):
                 annotation["image"], annotation["frames"] = (
                     read_name(first(cells["video"]), "video"),
                     self.settings.frames,
@@ -145,7 +145,9 @@ class _CustomBuilder(AnnotationBuilder):
             others = [name for name in table.columns if name not in self._names]
             close = [_did_you_mean(name, others) for name in missing]
             # A file without answers or captions is for prediction; one with a misspelt column is not.
-            shows = key == "image" and any(name in table.columns for name in self._names["video"])  # a video instead
+            shows = key == "image" and any(
+                name in table.columns for name in self._names.get("video", ())
+            )  # a video instead
             required = (key in self.REQUIRED and not shows) or (key == self.target and (split == "train" or any(close)))
             if missing and (required or key in self.settings.columns):
                 wanted = ", ".join(repr(name) + hint for name, hint in zip(missing, close))
@@ -184,7 +186,7 @@ class _CustomBuilder(AnnotationBuilder):
         return problems
 
 
-class CustomVQABuilder(_CustomBuilder, VQABuilder):
+class CustomVQABuilder(CustomBuilder, VQABuilder):
     """``custom_vqa``: rows with an image, a question, and one answer or many."""
 
     DATASET_CONFIG_DICT = {"default": "configs/datasets/custom/defaults_vqa.yaml"}
@@ -233,7 +235,7 @@ class CustomVQABuilder(_CustomBuilder, VQABuilder):
         return problems
 
 
-class CustomCaptionBuilder(_CustomBuilder, CaptionBuilder):
+class CustomCaptionBuilder(CustomBuilder, CaptionBuilder):
     """``custom_caption``: rows with an image and one caption or many; an image may have several rows."""
 
     DATASET_CONFIG_DICT = {"default": "configs/datasets/custom/defaults_caption.yaml"}

@@ -196,6 +196,26 @@ class CustomCaptionSettings(CustomSettings):
     tables: ClassVar[Dict[str, Type[Settings]]] = {**DataSettings.tables, "columns": CaptionColumns}
 
 
+class InstructColumns(Settings):
+    """``columns`` of ``custom_instruct``."""
+
+    image: Union[_Name, List[_Name]] = key(
+        "image",
+        "the image's name, or a list of names, a mark each; messages may name their own",
+        expected=_SEVERAL,
+    )
+    conversations: Optional[_Name] = key("conversations", "LLaVA's turns: `from` and `value`", expected=_ONE)
+    messages: Optional[_Name] = key("messages", "or Hugging Face's: `role` and `content`", expected=_ONE)
+    id: Optional[_Name] = key("id", "any number or text, for the names of its questions in evaluation", expected=_ONE)
+    image_id: Optional[_Name] = key("image_id", "any number or text, the same for all rows of an image", expected=_ONE)
+
+
+class CustomInstructSettings(CustomSettings):
+    """What ``custom_instruct`` reads beside that."""
+
+    tables: ClassVar[Dict[str, Type[Settings]]] = {**DataSettings.tables, "columns": InstructColumns}
+
+
 class OfficialSettings(SampleSettings):
     """What ``vqav2`` and ``textvqa`` read beside that."""
 

@@ -10,7 +10,7 @@ from lavis_kvmod.models.base import KVModBase
 from lavis_kvmod.models.connectors.aux_tokens import AuxTokens, joined
 from lavis_kvmod.models.connectors.qformer import QFormerOutput
 from lavis_kvmod.models.language.answers import mean_loss
-from lavis_kvmod.models.language.conversation import LaidOut, Turn, conversation_ids, in_conversation
+from lavis_kvmod.models.language.conversation import LaidOut, conversation_ids, in_conversation
 from lavis_kvmod.models.language.decoding import Search
 from lavis_kvmod.models.language.gated_cross_attention import GatedLayers
 from lavis_kvmod.models.language.opt import FrozenOPT
@@ -27,6 +27,7 @@ from lavis_kvmod.models.language.text import (
     question_contexts,
 )
 from lavis_kvmod.models.several_images import Seen, each_by_itself, in_order
+from lavis_kvmod.system.turns import Turn
 
 __all__ = ["Encoded", "SoftPromptModel", "together"]
 

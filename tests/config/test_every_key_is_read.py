@@ -13,6 +13,7 @@ from lavis_kvmod.config.keys import TABLES
 from lavis_kvmod.datasets.custom import CustomCaptionBuilder, CustomVQABuilder
 from lavis_kvmod.datasets.digits import DigitsCaptionBuilder
 from lavis_kvmod.datasets.digits_pages import DigitsPagesBuilder
+from lavis_kvmod.datasets.instruct import CustomInstructBuilder
 from lavis_kvmod.datasets.shards.builders import WdsVQABuilder
 from lavis_kvmod.datasets.vqav2 import VQAv2Builder
 from lavis_kvmod.models.blip2_kvmod import Blip2KVMod
@@ -47,6 +48,7 @@ def _watched_section(original, names, paused):
 SECTIONS = (
     "custom_vqa",
     "custom_caption",
+    "custom_instruct",
     "vqav2",
     "wds_vqa",
     "digits_pages",
@@ -147,7 +149,9 @@ def sections_of(builder, **build_info):
 
 
 def test_every_key_of_a_data_set_is_read_by_its_builder(read, write_run, benchmarks, tmp_path):  # noqa: F811
-    rows = [{"image": f"{i}.png", "question": f"what is {i}?", "answer": "yes", "caption": "no"} for i in range(4)]
+    told = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "that"}]
+    row = {"question": "what is it?", "answer": "yes", "caption": "no", "conversations": told}
+    rows = [{"image": f"{i}.png", **row} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     own = {"images": {"storage": str(tmp_path / "data")}, "annotations": {"train": str(tmp_path / "rows.jsonl")}}
     shards = OmegaConf.load(write_run(dataset="wds_vqa")).datasets.wds_vqa
@@ -157,6 +161,7 @@ def test_every_key_of_a_data_set_is_read_by_its_builder(read, write_run, benchma
     for builder, section in (
         (CustomVQABuilder, sections_of(CustomVQABuilder, **own)),
         (CustomCaptionBuilder, sections_of(CustomCaptionBuilder, **own)),
+        (CustomInstructBuilder, sections_of(CustomInstructBuilder, **own)),
         (VQAv2Builder, official),
         (WdsVQABuilder, OmegaConf.merge(sections_of(WdsVQABuilder), shards)),
         (DigitsPagesBuilder, sections_of(DigitsPagesBuilder)),

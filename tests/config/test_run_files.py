@@ -31,7 +31,7 @@ FOLDER = resource("projects/kvmod")
 RUN_FILES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml"))
 ASKED_FOR = {  # issue by issue; the test that every file runs cannot notice one that is gone
     *("vqa", "vqa_opt6.7b", "caption", "caption_opt6.7b", "okvqa", "demo_vqa", "demo_caption", "easy_vqa"),
-    *("custom_vqa", "custom_caption", "artquest"),
+    *("custom_vqa", "custom_caption", "custom_instruct_stage1", "custom_instruct_stage2", "artquest"),
     *("pretrain_stage1", "pretrain_stage2", "demo_stage1", "demo_stage2", "demo_retrieval", "demo_filtered"),
     *(f"eval/{name}" for name in ("vqav2", "okvqa", "coco_caption", "nocaps")),
     *(f"eval/{name}_zeroshot" for name in ("vqav2", "okvqa", "gqa", "nocaps", "textvqa")),
@@ -103,7 +103,8 @@ def test_without_a_gpu_and_data_all_that_is_missing_is_told(name, monkeypatch, t
 
 @pytest.fixture(scope="session")
 def yours(model_config, tmp_path_factory):
-    """A checkpoint by whether the prefix is on: what a run of ours has saved, and a stock one."""
+    """A checkpoint by whether the prefix is on: what a run of ours has saved, and a stock one; one with another
+    connector, and one of stage 1."""
     from lavis_kvmod import Blip2OPTKVMod
 
     folder = tmp_path_factory.mktemp("yours")
@@ -111,6 +112,8 @@ def yours(model_config, tmp_path_factory):
         torch.manual_seed(0)
         model = Blip2OPTKVMod.from_config(model_config(kv_modulation=on))
         checkpoints.save({"model": checkpoints.trained_state_dict(model)}, folder / f"{on}.pth")
+    model = Blip2OPTKVMod.from_config(model_config(connector="mlp"))
+    checkpoints.save({"model": checkpoints.trained_state_dict(model)}, folder / "mlp.pth")
     sizes = {key: value for key, value in model_config().items() if key in Stage1Settings.model_fields}
     sizes.update(arch="blip2_kvmod", bert_model="demo", from_bert=False, pretrained=None, load_finetuned=False)
     sizes.update(embed_dim=64)  # the demo's
@@ -132,12 +135,12 @@ def small(benchmarks, model_config, yours, tmp_path, monkeypatch):
     def options(name):
         cfg = raw(name)
         sizes = {**model_config(), "vit_model": "eva_clip_g"}
-        sizes["finetuned"] = yours / f"{cfg.model.get('kv_modulation', True)}.pth"
+        sizes["finetuned"] = yours / f"{cfg.model.get('connector', cfg.model.get('kv_modulation', True))}.pth"
         if cfg.model.arch != "blip2_opt_kvmod":  # stage 1, from random weights
             sizes = {key: sizes[key] for key in sizes if key in SETTINGS[cfg.model.arch].model_fields}
             finetuned = yours / "stage1.pth" if cfg.model.get("load_finetuned") else "null"
             sizes.update(pretrained="null", finetuned=finetuned, bert_model="demo", from_bert=False)
-        elif "stage2" in name:
+        elif name.endswith("stage2.yaml") and not cfg.model.get("load_finetuned"):
             sizes["pretrained"] = yours / "stage1.pth"
         chosen = []
         for key, value in sizes.items():
@@ -190,7 +193,7 @@ def own_files(dataset, section, benchmarks, tmp_path):
         return [
             f"datasets.{dataset}.build_info.annotations.train.storage={own_shards(benchmarks, tmp_path / 'shards')}"
         ]
-    if not module.endswith((".custom", ".artquest", ".retrieval")):
+    if not module.endswith((".custom", ".artquest", ".retrieval", ".instruct")):
         return []
     columns = {key: (section.get("columns") or {}).get(key, key) for key in ("image", "question", "answer", "caption")}
     rows = [
@@ -205,6 +208,11 @@ def own_files(dataset, section, benchmarks, tmp_path):
         path.parent.mkdir(exist_ok=True)
         with open(path, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([[str(name) for name in columns.values()], *rows])
+        if dataset == "custom_instruct":
+            path = path.with_suffix(".json")
+            asked = [{"from": "human", "value": "<image> What is it?"}, {"from": "gpt", "value": "a cat"}]
+            path.write_text(json.dumps([{"image": row[0], "conversations": asked} for row in rows]))
+            chosen.append("datasets.custom_instruct.split={val: 0.5, seed: 42}")
         chosen.append(f"datasets.{dataset}.build_info.annotations.{split}.storage={path}")
     return chosen
 
@@ -230,6 +238,6 @@ def test_it_runs(name, small, tmp_path):
     (folder,) = (tmp_path / run.output_dir).iterdir()
     if not run.evaluate:
         saved = checkpoints.read(folder / "checkpoint_last.pth")
-        assert saved["epoch"] == 0 and any(key.startswith("kv_prefix.") for key in saved["model"])
+        assert saved["epoch"] == 0 and any(key.startswith(("kv_prefix.", "aux_tokens.")) for key in saved["model"])
     for split in run.get("test_splits") or []:
         assert list((folder / "result").glob(f"{split}_*.json"))

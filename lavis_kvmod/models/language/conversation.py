@@ -8,15 +8,12 @@ turn with its image in front is what a question is anywhere else: the same token
 2304.08485; several images in a text: Flamingo, arXiv 2204.14198.)
 """
 
-from typing import Any, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 from lavis_kvmod.models.language.text import IGNORED, QUESTION, answer_ids, question_contexts, text_ids
+from lavis_kvmod.system.turns import MARK, Turn, marks_in
 
-__all__ = ["MARK", "LaidOut", "Turn", "conversation_ids", "in_conversation", "marks_in"]
-
-MARK = "<image>"  # as LLaVA's files have it
-# What is asked, and what is answered; None where the answer is to be written.
-Turn = Tuple[str, Optional[str]]
+__all__ = ["LaidOut", "conversation_ids", "in_conversation"]
 
 
 class LaidOut(NamedTuple):
@@ -30,11 +27,6 @@ def in_conversation(samples: Mapping[str, Any]) -> bool:
     """Whether a batch's questions have turns before them (``history``), or its texts are whole conversations
     (``turns``), so that images stand at their places in the text."""
     return "history" in samples or "turns" in samples
-
-
-def marks_in(turns: Sequence[Turn]) -> int:
-    """How many places for images a conversation names."""
-    return sum(question.count(MARK) for question, _ in turns)
 
 
 def conversation_ids(
