@@ -6,6 +6,7 @@ An annotation is a dict:
 ``image``          absolute path of the image file; of several images of a row, a tuple of them
 ``image_id``       any number or text; the same for all rows of an image
 ``frames``         of a video, whose path ``image`` then is: how many of its frames are seen
+``frames_by``      and which: see `lavis_kvmod.datasets.video.read_frames`
 ``source``         where it was read, for messages: ``train.csv, row 12``
 ``question``       VQA; with ``question_id`` (any number or text, unique), and maybe ``question_type``, ``answer_type``
 ``answer``         VQA: list of texts, as many as there were annotators; absent where the answers are not known
@@ -204,7 +205,8 @@ class AnnotatedDataset(BaseDataset):
         """What is seen of a row's image, or of its images. Raises BadImageError."""
         paths = annotation["image"]
         if annotation.get("frames"):
-            named = [(f"{paths}@{time:.3f}", frame) for time, frame in read_frames(paths, annotation["frames"])]
+            frames = read_frames(paths, annotation["frames"], annotation["frames_by"])
+            named = [(f"{paths}@{time:.3f}", frame) for time, frame in frames]
         elif isinstance(paths, str):
             return self._seen(read_image(paths), annotation)
         else:

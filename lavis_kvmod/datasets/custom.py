@@ -111,10 +111,8 @@ class CustomBuilder(AnnotationBuilder):
         try:
             annotation["image"] = _images(cells["image"])
             if not annotation["image"] and cells.get("video"):
-                annotation["image"], annotation["frames"] = (
-                    read_name(first(cells["video"]), "video"),
-                    self.settings.frames,
-                )
+                annotation["image"] = read_name(first(cells["video"]), "video")
+                annotation.update(frames=self.settings.frames, frames_by=self.settings.frames_by)
             annotation["image_id"] = read_id(first(cells["image_id"]), "image_id")
             annotation.update(self._texts(cells, separator))
         except ValueError as error:

@@ -165,7 +165,10 @@ class CustomSettings(SampleSettings):
     """What ``custom_vqa``, ``custom_caption`` and ``artquest`` read beside that."""
 
     columns: Dict[str, Any] = key({}, "names of columns that are not as below", expected="keys with values")
-    frames: int = key(8, "how many frames of a video are seen, evenly spaced ([inputs.md](inputs.md))", gt=0)
+    frames: int = key(8, "how many frames of a video are seen ([inputs.md](inputs.md))", gt=0)
+    frames_by: Literal["uniform", "scene"] = key(
+        "uniform", "which: `uniform`, evenly spaced; `scene`, one of each scene", expected="uniform or scene"
+    )
     split: Optional[Dict[str, Any]] = key(
         None, "`{val: 0.1, test: 0.1, seed: 42}` takes whole images away from train", expected="keys with values"
     )

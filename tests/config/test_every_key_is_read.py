@@ -134,6 +134,7 @@ def test_every_key_of_stage_1_is_read(read, model_config, tmp_path, monkeypatch)
 # What no builder reads: LAVIS has it before it asks one, or for people.
 NOT_BUILDERS = {
     "frames": "read where a row has a video: tests/datasets/test_video.py",
+    "frames_by": "the same",
     "type": "decides which defaults are merged",
     "dataset_card": "for people",
     "md5": "LAVIS's own download reads it",

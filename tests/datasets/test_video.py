@@ -1,6 +1,7 @@
 """Frames of videos, which the tests write themselves."""
 
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ av = pytest.importorskip("av")
 
 
 def write_video(path, frames, rate=4, gop=12):
-    """Grey pictures, each 10 levels lighter than the one before."""
+    """Grey pictures, each 10 levels lighter than the one before; or of these levels."""
+    levels = [i % 25 for i in range(frames)] if isinstance(frames, int) else frames
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.width = stream.height = 64
         stream.pix_fmt, stream.gop_size = "yuv420p", gop
-        for i in range(frames):
-            picture = np.full((64, 64, 3), 10 * (i % 25), np.uint8)
+        for level in levels:
+            picture = np.full((64, 64, 3), 10 * level, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     return path
@@ -73,6 +75,34 @@ def test_a_video_of_hours_is_not_decoded_whole(tmp_path, monkeypatch):
     assert 8 <= Counting.decoded <= 8 * 27
 
 
+SCENES = [0] * 30 + [10] * 3 + [20] * 15  # 12 s at four a second, of which one scene takes less than a second
+
+
+def test_frames_by_scene_miss_no_short_one(tmp_path):
+    video = str(write_video(tmp_path / "a.mp4", SCENES))
+    assert levels(read_frames(video, 3)) == [0, 0, 20]
+    assert levels(read_frames(video, 3, by="scene")) == [0, 10, 20]
+    times = [time for time, _ in read_frames(video, 3, by="scene")]
+    assert 3 < times[0] < 4.5 and 7.5 <= times[1] < 8.25 and 9.5 < times[2] < 10.5
+    assert levels(read_frames(video, 4, by="scene")).count(0) == 2  # no fourth scene: the longest is halved
+
+
+def test_a_video_of_one_scene_or_few_frames_gives_evenly_spaced_ones(tmp_path):
+    still = str(write_video(tmp_path / "still.mp4", [7] * 32))
+    assert [time for time, _ in read_frames(still, 4, by="scene")] == pytest.approx([0.875, 2.875, 4.875, 6.875])
+    assert levels(read_frames(str(write_video(tmp_path / "a.mp4", 3)), 8, by="scene")) == [0, 1, 2]
+
+
+def test_scenes_of_ten_hours_are_not_decoded_whole(tmp_path, monkeypatch):
+    video = str(write_video(tmp_path / "long.mp4", 3600, rate=Fraction(1, 10), gop=25))
+    opened = av.open
+    monkeypatch.setattr(av, "open", lambda path: Counting(opened(path)))
+    monkeypatch.setattr(Counting, "decoded", 0)
+    times = [time for time, _ in read_frames(video, 4, by="scene")]
+    assert len(times) == 4 and times[-1] > 3600
+    assert Counting.decoded <= 9 * 4 * 27
+
+
 @pytest.fixture()
 def bad(tmp_path):
     folder = tmp_path / "photos"
@@ -111,7 +141,7 @@ def test_rows_of_videos(tmp_path, bad, section_of, write_csv):
         {"video": name, "question": "What is it?", "answer": "grey"} for name in ("good.mp4", "one.mp4", "sound.wav")
     ]
     info = {"images": {"storage": str(bad)}, "annotations": {"train": {"storage": str(write_csv("v.csv", rows))}}}
-    section = section_of(CustomVQABuilder, build_info=info, frames=4)
+    section = section_of(CustomVQABuilder, build_info=info, frames=4, frames_by="scene")
     (told,) = CustomVQABuilder.config_problems(section)
     assert "2 of 3 rows of train (2 × bad video)" in told
     assert "v.csv, row 3:" in told and "v.csv, row 4:" in told
@@ -119,6 +149,9 @@ def test_rows_of_videos(tmp_path, bad, section_of, write_csv):
     data = CustomVQABuilder(section).build_datasets()["train"]
     assert data[0]["image"].shape == (4, 3, 28, 28)
     assert data.image_of(0).endswith("good.mp4")
+    section.update(frames_by="scenes")
+    (told,) = CustomVQABuilder.config_problems(section)
+    assert "frames_by: expected uniform or scene, got 'scenes'" in told
 
 
 def test_a_run_over_videos(run_file, write_csv, tmp_path):
