@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from lavis_kvmod.commands.train import train
 from lavis_kvmod.config.loading import load_config
 from lavis_kvmod.datasets.instruct import CustomInstructBuilder
+from lavis_kvmod.system.paths import resource
 from lavis_kvmod.system.schema import ConfigurationError
 
 
@@ -170,3 +171,39 @@ def test_what_cannot_be_learnt_is_told_before_anything_is_loaded(run_file, tmp_p
     OmegaConf.save(cfg, path)
     with pytest.raises(ConfigurationError, match=told):
         load_config(path)
+
+
+@pytest.mark.slow
+def test_handwriting_is_talked_about(tmp_path, monkeypatch):
+    """The demo's scans, two questions each, the second one behind the first with its answer: both are learnt."""
+    from lavis_kvmod.demo import digits
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scans").mkdir()
+    files = {}
+    for split, count in (("train", 1293), ("test", 120)):
+        rows = []
+        for scan in digits.load_scans(split)[:count]:
+            digits.render(scan).save(tmp_path / "scans" / f"{scan.index}.png")
+            asked = digits.questions(scan)[:2]
+            turns = llava(*(text for one in asked for text in (one.question, one.answer)))
+            rows.append({"id": str(scan.index), "image": f"{scan.index}.png", "conversations": turns})
+        path = tmp_path / f"{split}.json"
+        path.write_text(json.dumps(rows))
+        files[split] = {"storage": str(path)}
+    size = {"name": "blip_image_eval", "image_size": 56}
+    section = {
+        "build_info": {"images": {"storage": "scans"}, "annotations": files},
+        "vis_processor": {"train": size, "eval": size},
+    }
+    cfg = OmegaConf.load(resource("projects/kvmod/demo_vqa.yaml"))
+    cfg.datasets = {"custom_instruct": section}
+    cfg.run.update(max_epoch=4, batch_size_train=64, valid_splits=[], kv_lr_scale=3)
+    OmegaConf.save(cfg, tmp_path / "run.yaml")
+    train("run.yaml")
+    (path,) = tmp_path.glob("output/*/*/result/test*.json")
+    right = {kind: [] for kind in digits.QUESTIONS.values()}
+    for row in json.loads(path.read_text()):
+        right[row["question"]].append(row["accuracy"])
+    digit, ink = (sum(right[digits.QUESTIONS[kind]]) / 120 for kind in ("digit", "ink"))
+    assert digit > 0.8 and ink > 0.8
