@@ -59,13 +59,15 @@ def tables(cfg: KVModConfig, batch_sizes: Optional[List[int]] = None) -> str:
 
 
 def tokens_line(cfg: KVModConfig) -> List[str]:
-    """Where a sample has several images: how many tokens go into the connector, and come out of it."""
+    """Where a sample has several images, or fewer tokens of each: how many go into the connector, and come out."""
     settings = ModelSettings.from_config(cfg.model_cfg)
     images, each = settings.images_a_sample, settings.visual_tokens()
-    if images == 1 or each is None:
+    all_tokens = settings.merge_visual_tokens is None and settings.pool_visual_tokens == 1
+    if each is None or (images == 1 and all_tokens):
         return []
+    called = "one image" if images == 1 else f"up to {images} images"
     return [
-        f"A sample: up to {images} images of {each} visual tokens, {images * each} into the connector; "
+        f"A sample: {called} of {each} visual tokens, {images * each} into the connector; "
         f"{settings.num_soft_prompt()} soft-prompt vectors out of it"
     ]
 

@@ -96,8 +96,13 @@ def attention_maps(model: Any, samples: Dict[str, Any]) -> AttentionMaps:
             without a question is a caption, behind the model's prompt.
 
     Raises:
-        ValueError: for a connector without such attention, or as many answers as there are not texts.
+        ValueError: for a connector without such attention, merged visual tokens, or as many answers as there are
+            not texts.
     """
+    if model.merge_visual_tokens is not None:
+        raise ValueError(
+            "merged visual tokens have no places in the image; leave merge_visual_tokens out to look at it"
+        )
     if model.gated_layers is not None:
         raise ValueError("expected a model with a soft prompt; through gated layers no answer is traced")
     if samples["image"].ndim == 5 and samples["image"].shape[1] > 1:

@@ -25,6 +25,7 @@ from lavis_kvmod.models.vision.auxiliary import Auxiliary
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB, FrozenFeatureCache, FrozenFeatures
 from lavis_kvmod.models.vision.feature_files import FeatureFiles, fingerprint
 from lavis_kvmod.models.vision.prefix_controls import controlled
+from lavis_kvmod.models.vision.token_merging import merge_tokens
 from lavis_kvmod.models.vision.token_pooling import pool_tokens
 from lavis_kvmod.system.paths import absolute, resource
 from lavis_kvmod.system.precision import (
@@ -67,6 +68,7 @@ class KVModBase(Blip2Base):
         prefix_dropout: the share of samples that are trained without their prefix (BRAVE, arXiv 2404.07204).
         image_places: for samples of several images; None takes one image a sample.
         pool_visual_tokens: so many times so many neighbouring visual tokens become their mean.
+        merge_visual_tokens: visual tokens that are alike become their mean, until so many are left.
 
     A subclass adds its own parts, then calls `_add_prefix` and `_freeze`.
     """
@@ -98,6 +100,7 @@ class KVModBase(Blip2Base):
         prefix_dropout: float = 0.0,
         image_places: Optional[ImagePlaces] = None,
         pool_visual_tokens: int = 1,
+        merge_visual_tokens: Optional[int] = None,
     ):
         super().__init__()
         # Names and order as in LAVIS's models: they are the names in its checkpoints.
@@ -110,7 +113,7 @@ class KVModBase(Blip2Base):
         self.visual_encoder = visual_encoder
         self.ln_vision = ln_vision
         self.image_places = image_places
-        self.pool_visual_tokens = pool_visual_tokens
+        self.pool_visual_tokens, self.merge_visual_tokens = pool_visual_tokens, merge_visual_tokens
         self.Qformer = qformer
         self.freeze_vit = freeze_vit
         self.image_size = image_size
@@ -208,6 +211,9 @@ class KVModBase(Blip2Base):
             )
         if self.pool_visual_tokens > 1:
             features = features._replace(visual_tokens=pool_tokens(features.visual_tokens, self.pool_visual_tokens))
+        if self.merge_visual_tokens is not None:
+            merged, _ = merge_tokens(features.visual_tokens, self.merge_visual_tokens)
+            features = features._replace(visual_tokens=merged)
         return controlled(self.prefix_control, features, swap=self.swap_prefix)
 
     def seen(self, samples: Mapping[str, Any]) -> Seen:

@@ -61,6 +61,7 @@ def build_image_side(
     load: bool = True,
     connector: str = "qformer",
     num_aux_tokens: int = 0,
+    merged_tokens: Optional[int] = None,
     aux_place: Place = "tokens",
     soft_prompt: bool = True,
     **more_sizes: Any,
@@ -72,6 +73,7 @@ def build_image_side(
         connector: the name of a registered connector.
         num_aux_tokens: so many tokens of the auxiliary encoder's features, in place of a prefix; 0 writes a prefix.
         aux_place: what those tokens join.
+        merged_tokens: how many visual tokens the connector is given, where it is not all of them.
         soft_prompt: the connector's outputs become vectors of the language model's width, else they stay as they are.
         more_sizes: those of `ConnectorSizes` that have nothing to do with images.
 
@@ -80,7 +82,8 @@ def build_image_side(
         ValueError: if the connector cannot take what the image encoder gives.
     """
     vision = _build_vision(settings, load)
-    sizes = ConnectorSizes(vision.width, settings.num_query_token, num_visual_tokens=vision.num_tokens, **more_sizes)
+    tokens = merged_tokens or vision.num_tokens
+    sizes = ConnectorSizes(vision.width, settings.num_query_token, num_visual_tokens=tokens, **more_sizes)
     made = CONNECTORS[connector].build(settings, sizes)
     if not settings.kv_modulation:
         return ImageSide(vision, None, None, made)
@@ -91,10 +94,10 @@ def build_image_side(
             width = vision.width
         elif aux_place == "tokens" and soft_prompt and sizes.output_width:
             width = sizes.output_width
-        tokens = AuxTokens(
+        aux_tokens = AuxTokens(
             feature_dim=aux_encoder.feature_dim, output_width=width, num_tokens=num_aux_tokens, place=aux_place
         )
-        return ImageSide(vision, aux_encoder, None, made, tokens)
+        return ImageSide(vision, aux_encoder, None, made, aux_tokens)
     layers = made.num_cross_attention_layers
     kv_prefix = None
     if layers:  # else it is for the gated layers alone
@@ -167,6 +170,7 @@ def opt_arguments(settings: ModelSettings, *, load: bool = True) -> Dict[str, An
         geometry=settings.connector_geometry,
         output_width=opt_model.config.word_embed_proj_dim,
         num_aux_tokens=settings.aux_tokens,
+        merged_tokens=settings.merge_visual_tokens,
         aux_place=settings.aux_place,
         soft_prompt=settings.fusion == "soft_prompt",
     )
@@ -179,6 +183,7 @@ def opt_arguments(settings: ModelSettings, *, load: bool = True) -> Dict[str, An
         gated_layers=_gated_layers(settings, opt_model, image_side),
         image_places=_image_places(settings, image_side),
         pool_visual_tokens=settings.pool_visual_tokens,
+        merge_visual_tokens=settings.merge_visual_tokens,
         prompt=settings.prompt,
         max_txt_len=settings.max_txt_len,
         answer_loss=settings.answer_loss,

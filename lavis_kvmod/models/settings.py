@@ -11,6 +11,7 @@ from lavis_kvmod.models.language.text import check_prompt
 from lavis_kvmod.models.vision.auxiliary import AUXILIARY_ENCODERS, auxiliary_weights, map_side
 from lavis_kvmod.models.vision.encoders import VISION_ENCODERS, known_num_tokens, vision_weights
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB
+from lavis_kvmod.models.vision.token_merging import merged_number
 from lavis_kvmod.models.vision.token_pooling import pooled_number
 from lavis_kvmod.system.schema import Settings, SettingsError, key
 from lavis_kvmod.system.tiles import TilesSettings
@@ -282,6 +283,9 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
     pool_visual_tokens: int = key(
         1, "so many times so many neighbouring visual tokens become their mean: 2 leaves a quarter", gt=0
     )
+    merge_visual_tokens: Optional[int] = key(
+        None, "visual tokens that are alike become their mean, until so many are left (ToMe); all by default", gt=0
+    )
     num_aux_tokens: int = key(
         1,
         "with `aux_fusion` other than `prefix`, how many; of `queries` 1, the same for all, or `num_query_token`",
@@ -306,6 +310,7 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
     def conflicts(self) -> List[str]:
         """As for all models, and what is wrong with the connector and the prompt."""
         found = [*super().conflicts(), *self._connector_conflicts(), *self._image_conflicts()]
+        found += self._merging_conflicts()
         if self.apply_lemmatizer:
             found.append("apply_lemmatizer: not supported; lemmatise the answers after predict_answers")
         return [*found, *check_prompt("prompt", self.prompt)]
@@ -347,7 +352,9 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
     def visual_tokens(self) -> Optional[int]:
         """How many visual tokens an image has in front of the connector; None where the image encoder does not say."""
         known = known_num_tokens(self.vit_model, self.image_size, self.vit_geometry)
-        return None if known is None else pooled_number(known, self.pool_visual_tokens)
+        if known is None or self.merge_visual_tokens is None:
+            return self.merge_visual_tokens if known is None else pooled_number(known, self.pool_visual_tokens)
+        return merged_number(known, self.merge_visual_tokens)
 
     def num_soft_prompt(self) -> Optional[int]:
         """How many vectors stand before the text; None where the image encoder does not say."""
@@ -355,7 +362,7 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
             return 0
         of_image: Optional[int] = self.num_query_token
         if self.connector_kind.one_a_token:
-            of_image = known_num_tokens(self.vit_model, self.image_size, self.vit_geometry)
+            of_image = self.visual_tokens()
         of_aux = self.aux_tokens if self.aux_place == "tokens" else 0
         return None if of_image is None else of_image + of_aux
 
@@ -370,6 +377,9 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
             attend = ", ".join(name for name in CONNECTORS if CONNECTORS[name].attends)
             why = f"connector {self.connector} has no attention to any number of visual tokens; take one of {attend}"
             found += self._of_no_use(("max_images", "tiles", "pool_visual_tokens"), why)
+            if not self.connector_kind.one_a_token:
+                grid = f"connector {self.connector} takes the visual tokens as a grid, which merged ones are not"
+                found += self._of_no_use(("merge_visual_tokens",), grid)
         elif self.fusion != "soft_prompt":
             found += self._of_no_use(("max_images", "tiles"), f"fusion: {self.fusion} takes one image a sample")
         if self.qformer_text_input:
@@ -379,6 +389,19 @@ class ModelSettings(ImageSideSettings, Blip2OPTSettings):
                 ("max_images", "tiles"), f"aux_fusion: {self._fusion} takes one image a sample; set prefix"
             )
         return found
+
+    def _merging_conflicts(self) -> List[str]:
+        if self.merge_visual_tokens is None or self.vit_model not in VISION_ENCODERS:
+            return []
+        if self.pool_visual_tokens > 1:
+            return self._of_no_use(("pool_visual_tokens",), "merge_visual_tokens leaves fewer tokens, too; take one")
+        try:
+            self.visual_tokens()
+        except ValueError as error:
+            return [str(error)]
+        except TypeError:  # a vit_geometry that is none; told when the encoder is built
+            pass
+        return []
 
     def _connector_conflicts(self) -> List[str]:
         if self.connector not in CONNECTORS:

@@ -75,6 +75,8 @@ def test_memory_tells_the_tokens(model_config):
     assert line.startswith("A sample: up to 5 images of 257 visual tokens, 1285 into the connector; 32 soft-prompt")
     (line,) = tokens_line(read_config("projects/kvmod/vqa.yaml", ["model.tiles={}", "model.pool_visual_tokens=2"]))
     assert "images of 65 visual tokens, 325 into the connector" in line
+    (line,) = tokens_line(read_config("projects/kvmod/vqa.yaml", ["model.merge_visual_tokens=64"]))
+    assert line.startswith("A sample: one image of 64 visual tokens, 64 into the connector; 32 soft-prompt")
     assert tokens_line(read_config("projects/kvmod/vqa.yaml")) == []
 
 

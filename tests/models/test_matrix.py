@@ -57,6 +57,7 @@ MEMBERS = [
     member("demo", "none", "shared", "fp32", "frozen", "linear", fusion="gated_cross_attention", gated_every=2),
     member("demo", "none", "per_layer", "fp32", "frozen", prefix_source="grid", prefix_grid=2),
     member("clip_L", "tanh", "shared", "bf16", "frozen", "linear", fusion="gated_cross_attention", aux_encoder=TWO),
+    member("eva_clip_g", "none", "shared", "bf16", "frozen", "mlp", merge_visual_tokens=3),
     member("eva_clip_g", "none", "shared", "bf16", "frozen", qformer_text_input=True, bert_model="demo"),
 ]
 

@@ -4,7 +4,7 @@ LAVIS's loaders download from fixed addresses; here every source is a key of the
 a checkpoint would replace.
 """
 
-from typing import Any, Dict, Mapping, NamedTuple, Optional, cast
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Tuple, cast
 
 from lavis.models import clip_vit, eva_vit
 from lavis.models.blip2_models.blip2 import LayerNorm
@@ -74,8 +74,14 @@ def num_tokens(vit: nn.Module) -> Optional[int]:
 
 def known_num_tokens(name: str, image_size: int, geometry: Mapping[str, Any]) -> Optional[int]:
     """As `num_tokens`, of the encoder ``vit_model: name``, before it is loaded."""
-    with empty_weights():
-        return num_tokens(VISION_ENCODERS[name].build(image_size, 0.0, **geometry))
+    called = (name, image_size, repr(dict(geometry)))
+    if called not in _KNOWN:  # to be built, though without weights, it takes a second
+        with empty_weights():
+            _KNOWN[called] = num_tokens(VISION_ENCODERS[name].build(image_size, 0.0, **geometry))
+    return _KNOWN[called]
+
+
+_KNOWN: Dict[Tuple[str, int, str], Optional[int]] = {}
 
 
 def build_vision_encoder(
