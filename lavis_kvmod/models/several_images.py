@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lavis_kvmod.models.connectors.kv_prefix import PrefixGenerator
 from lavis_kvmod.models.vision.feature_cache import FrozenFeatures
 
-__all__ = ["ImagePlaces", "Seen", "by_number", "each_by_itself", "in_order", "one_by_one"]
+__all__ = ["ImagePlaces", "Seen", "by_number", "each_by_itself", "in_order", "in_windows", "one_by_one"]
 
 
 class Seen(NamedTuple):
@@ -103,6 +103,35 @@ def each_by_itself(samples: Mapping[str, Any]) -> Tuple[Dict[str, Any], List[Lis
     alone = {"image": image} if keys is None else {"image": image, "image_key": keys}
     shown = samples.get("image_index")
     return alone, numbers if shown is None else [numbers[i] for i in shown.tolist()]
+
+
+def in_windows(samples: Mapping[str, Any]) -> List[Dict[str, Any]]:
+    """Long sequences as batches of short ones: ``window`` images each, each ``stride`` (by default ``window``) on from
+    the one before, the last as far as there are images.
+
+    Args:
+        samples: ``image`` (b, k, 3, H, W), as many of each sample; ``window``, ``stride``; ``image_key`` where there is
+            one. Places are counted anew in each window.
+
+    Raises:
+        ValueError: for a window without images, a stride that passes images over, or samples of which some have fewer
+            images, or images at places of their own (tiles).
+    """
+    image, window = samples["image"], samples["window"]
+    stride = samples.get("stride", window)
+    if image.ndim != 5 or "image_place" in samples or not samples.get("image_mask", torch.ones(1)).all():
+        raise ValueError("window: expected image (b, k, 3, H, W), as many in each sample and no tiles")
+    if not 1 <= stride <= window:
+        raise ValueError(
+            f"window, stride: expected a stride of 1 to the window, so that each image is seen; got {window}, {stride}"
+        )
+    count = 1 + max(0, -((window - image.shape[1]) // stride))  # the rest, rounded up
+    rest = {key: value for key, value in samples.items() if key not in ("window", "stride", "image_mask")}
+    found = []
+    for own in (slice(i * stride, i * stride + window) for i in range(count)):
+        keys = {"image_key": [row[own] for row in samples["image_key"]]} if "image_key" in samples else {}
+        found.append({**rest, "image": image[:, own], **keys})
+    return found
 
 
 def one_by_one(samples: Mapping[str, Any]) -> Tuple[Tensor, Any]:

@@ -26,7 +26,7 @@ from lavis_kvmod.models.language.text import (
     one_each,
     question_contexts,
 )
-from lavis_kvmod.models.several_images import Seen, each_by_itself, in_order
+from lavis_kvmod.models.several_images import Seen, each_by_itself, in_order, in_windows
 from lavis_kvmod.system.turns import Turn
 
 __all__ = ["Encoded", "SoftPromptModel", "together"]
@@ -81,12 +81,27 @@ class SoftPromptModel(KVModBase):
         """The soft prompt of each image (i, q, width); of each sample, where the Q-Former reads its question."""
         if "soft_prompt" in samples:
             return samples["soft_prompt"]
-        if in_conversation(samples):
+        if in_conversation(samples) and "window" not in samples:
             self._require_places()
             samples = each_by_itself(samples)[0]
         if not (asked or "answer" in samples):  # a caption is not to be shown
             samples = {key: value for key, value in samples.items() if key != "text_input"}
+        if "window" in samples:
+            return self._of_windows(samples)
         return self.encode(samples).soft_prompt
+
+    def _of_windows(self, samples: Dict[str, Any]) -> Tensor:
+        """The soft prompts of all windows of a long sequence behind each other (b, w * q, width)."""
+        windows, has = in_windows(samples), self.opt_model.config.max_position_embeddings
+        if self.gated_layers is not None or in_conversation(samples):
+            raise ValueError("window: gated layers and conversations have no windows; leave it out")
+        number = len(windows) * self.num_soft_prompt
+        if number >= has:
+            raise ValueError(
+                f"{len(windows)} windows of {self.num_soft_prompt} soft-prompt vectors are {number}, and the language "
+                f"model has {has} positions: take fewer images, or a larger window or stride"
+            )
+        return torch.cat([self.encode(own).soft_prompt for own in windows], dim=1)
 
     def _require_places(self) -> None:
         if self.gated_layers is not None or self.reads_questions:

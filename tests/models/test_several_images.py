@@ -124,6 +124,48 @@ def test_each_image_is_remembered_by_its_own_key(build, images):
     torch.testing.assert_close(model.encode(samples).soft_prompt, first)
 
 
+@torch.no_grad()
+def test_a_long_sequence_goes_through_in_windows(build, images):
+    model = unlike_places(build(max_images=2))
+    asked = {"text_input": ["what comes after"] * 2, "prompt": "Question: {} Answer:"}
+    short = {"image": images(4).unflatten(0, (2, 2)), **asked}
+    assert torch.equal(model.soft_prompts({**short, "window": 2}), model.soft_prompts(short))
+    assert model.predict_answers({**short, "window": 2}) == model.predict_answers(short)
+    long = {"image": images(10).unflatten(0, (2, 5)), "image_key": [list("abcde"), list("fghij")], **asked}
+    prompts = model.soft_prompts({**long, "window": 2})  # 2, 2 and 1 of them
+    assert prompts.shape[1] == 3 * model.num_soft_prompt
+    last = model.soft_prompts({"image": long["image"][:, 4:]})
+    torch.testing.assert_close(prompts[:, -model.num_soft_prompt :], last)
+    swapped = {**long, "image": long["image"][:, [0, 1, 3, 2, 4]]}
+    change = (model.soft_prompts({**swapped, "window": 2}) - prompts).abs().unflatten(1, (3, -1)).amax((0, 2, 3))
+    assert change[1] > 1e-3 and change[0] == change[2] == 0
+    assert model.soft_prompts({**long, "window": 2, "stride": 1}).shape[1] == 4 * model.num_soft_prompt
+    assert len(model.generate({**long, "window": 2}, num_beams=2)) == 2
+    answers = model.predict_answers({**long, "window": 2}, inference_method="rank", answer_list=["yes", "no"])
+    assert set(answers) <= {"yes", "no"}
+
+
+def test_windows_that_do_not_fit_are_told(build, images):
+    model = build(max_images=2).eval()
+    has, each = model.opt_model.config.max_position_embeddings, model.num_soft_prompt
+    number = -(-has // each)
+    endless = images(1).unsqueeze(1).expand(1, number, -1, -1, -1)
+    with pytest.raises(ValueError, match=f"{number} windows of {each} soft-prompt vectors are .* has {has} positions"):
+        model.generate({"image": endless, "window": 1})
+    for more, told in (
+        (
+            dict(window=2, stride=3),
+            "window, stride: expected a stride of 1 to the window, so that each image is seen; got 2, 3",
+        ),
+        (dict(window=0), "got 0, 0"),
+        (dict(window=2, image_mask=MASK), "as many in each sample and no tiles"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            model.generate({"image": of_images(images), **more})
+    with pytest.raises(ValueError, match=r"at most 2 images a sample \(model.max_images\), got 3"):
+        model.generate({"image": of_images(images), "window": 3})
+
+
 def test_neighbouring_tokens_become_their_mean(build, images):
     tokens = torch.arange(17.0).view(1, 17, 1)
     assert pool_tokens(tokens, 2).flatten().tolist() == [0.0, 3.5, 5.5, 11.5, 13.5]
