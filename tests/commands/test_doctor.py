@@ -56,7 +56,8 @@ def here(folder, *arguments, monkeypatch, capsys):
 
 
 # A process of its own imports LAVIS and all that memory is computed with, which takes a while.
-@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", [False, True])
 def test_the_demo_runs_anywhere(tmp_path, monkeypatch, capsys, alone):
     look = doctor if alone else partial(here, monkeypatch=monkeypatch, capsys=capsys)
     status, screen = look(tmp_path, "--cfg-path", "projects/kvmod/demo_vqa.yaml")

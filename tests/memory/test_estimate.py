@@ -205,6 +205,7 @@ def test_sizes_that_cannot_be(model_config):
         estimate(model_config(), batch_size=1, text_length=200)
 
 
+@pytest.mark.slow
 def test_the_copy_that_a_cpu_folds_counts_as_weights(build, model_config, images):
     model = build()
     model.aux_encoder(images(1))
