@@ -83,6 +83,10 @@ def test_memory_tells_the_tokens(model_config):
 def test_what_cannot_be_tiled_is_told():
     for tiles, told in (
         ({"grids": [[1, 1]]}, r"tiles.grids: expected pairs of rows and columns such as \[1, 2\], got \[\[1, 1\]\]"),
+        ({"grids": []}, r"tiles.grids: expected pairs of rows and columns such as \[1, 2\], got \[\]"),
+        ({"grids": [[2, 2], [0, 3]]}, r"tiles.grids: .* got \[\[0, 3\]\]"),
+        ({"grids": [[2, 2, 2]]}, r"tiles.grids: .* got \[\[2, 2, 2\]\]"),
+        ({"grids": [[3, 3]]}, "tiles.max_tiles: expected at least 9, the tiles of the smallest grid, got 4"),
         ({"max_tiles": 1}, "tiles.max_tiles: expected at least 2, the tiles of the smallest grid, got 1"),
         ({"grid": []}, "tiles.*grid"),
     ):
