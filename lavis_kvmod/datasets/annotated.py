@@ -241,9 +241,12 @@ class VQAEvalData(AnnotatedDataset):
 
     def _texts(self, annotation: Annotation) -> Sample:
         sample = {key: annotation[key] for key in ("question_id", "image_id", "instance_id")}
-        sample["text_input"] = self.text_processor(annotation["question"])
+        sample["text_input"] = self._question(annotation)
         answers, weights = answers_and_weights(annotation)
         return {**sample, "answers": answers, "weights": weights} if answers else sample
+
+    def _question(self, annotation: Annotation) -> str:
+        return str(self.text_processor(annotation["question"]))
 
 
 class CaptionTrainData(AnnotatedDataset, CaptionDataset):

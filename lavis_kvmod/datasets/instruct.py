@@ -37,8 +37,10 @@ class InstructEvalData(VQAEvalData):
     """Questions by id, each with the turns before it as its ``history``."""
 
     def _texts(self, annotation: Annotation) -> Sample:
-        history = [tuple(turn) for turn in annotation["history"]]
-        return {**super()._texts(annotation), "text_input": annotation["question"], "history": history}
+        return {**super()._texts(annotation), "history": [tuple(turn) for turn in annotation["history"]]}
+
+    def _question(self, annotation: Annotation) -> str:
+        return str(annotation["question"])  # LAVIS's processors would take capitals and marks away
 
 
 class _Told(NamedTuple):
