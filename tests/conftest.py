@@ -1,5 +1,6 @@
 """Small real models: LAVIS's own classes and real files, at a geometry that runs in milliseconds."""
 
+import gc
 import logging
 import os
 
@@ -46,6 +47,12 @@ def pytest_configure(config):
     """pytest-xdist would begin with the files of the most tests."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+
+
+def pytest_collection_finish():
+    """What has been imported by now stays: the collector need not look through it again and again (8 % of the time)."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

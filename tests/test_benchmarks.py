@@ -101,12 +101,12 @@ def test_karpathys_own_file_gives_the_splits_of_lavis_files(benchmarks, run_file
     "name, section, train_on, test_on",
     [
         ("vqav2", {}, "train", "val"),
-        ("coco_vqa", {}, "train", "val"),
+        pytest.param("coco_vqa", {}, "train", "val", marks=pytest.mark.slow),
         ("ok_vqa", {}, "train", "test"),
         pytest.param("aok_vqa", {}, "train", "val", marks=pytest.mark.slow),
         pytest.param("gqa", BALANCED, "train", "val", marks=pytest.mark.slow),
         ("vg_vqa", {}, "train", None),
-        ("textvqa", {}, None, "val"),
+        pytest.param("textvqa", {}, None, "val", marks=pytest.mark.slow),
     ],
 )
 def test_questions_are_trained_on_and_scored(run_file, tmp_path, name, section, train_on, test_on):

@@ -124,6 +124,7 @@ def only_run(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_writes_where_the_user_stands(run_file, tmp_path):
     logs = train(run_file())
     folder = only_run(tmp_path)
@@ -208,6 +209,7 @@ def test_more_batch_than_data(run_file):
     assert train(run_file(batch_size_train=64, max_epoch=1)) is not None
 
 
+@pytest.mark.slow
 def test_best_may_be_zero_or_less(run_file, tmp_path, monkeypatch):
     from lavis_kvmod.tasks.vqa import KVModVQATask
 

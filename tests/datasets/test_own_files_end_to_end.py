@@ -176,8 +176,8 @@ def as_json(rows, split, tmp_path, write_csv):
 @pytest.mark.parametrize(
     "kind, layout",
     [
-        ("vqa", "tsv"),
         ("caption", "shards"),
+        pytest.param("vqa", "tsv", marks=pytest.mark.slow),
         *(pytest.param(*both, marks=pytest.mark.slow) for both in (("vqa", "json"), ("vqa", "shards"))),
         *(pytest.param(*both, marks=pytest.mark.slow) for both in (("caption", "tsv"), ("caption", "json"))),
     ],

@@ -266,6 +266,7 @@ def test_what_is_written_beside_the_checkpoints(write_run, runs, tmp_path):
     assert all(0 < line["matrix_peak_share"] < 1 and line["images_per_second"] > 0 for line in timing)
 
 
+@pytest.mark.slow
 def test_the_profiler_looks_at_some_batches(write_run, runs, capsys):
     train(write_run(max_epoch=1, valid_splits=[], profiler={"skip": 2, "batches": 2}, log_peak_memory=True))
     (table,) = (runs()[0] / "profile").glob("operators-rank0.txt")

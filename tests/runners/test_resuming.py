@@ -89,6 +89,7 @@ def test_a_file_without_a_run_in_it_is_refused():
         resuming.check({"model": {}}, "w.pth")
 
 
+@pytest.mark.slow
 def test_by_path_into_a_new_folder(write_run, runs, capsys):
     """The log and the best checkpoint come along; what was changed is told; without the best the search begins anew."""
     path = write_run(max_epoch=1)

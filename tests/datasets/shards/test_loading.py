@@ -121,7 +121,7 @@ def test_a_rank_without_a_sample_left_gets_a_batch_that_counts_nothing(vqa_shard
     assert second["image"].shape == (1, 3, 16, 16)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["indexed", "uncounted"])
 def test_going_on_from_any_batch_gives_exactly_what_would_have_come(request, kind, workers):
     options = {} if kind == "indexed" else {"epoch_size": 31}
