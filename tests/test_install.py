@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "lavis_kvmod.pth")
 PACKAGED_FOLDERS = ("lavis_kvmod", "configs", "projects", "studies")
 # `pip install .` makes a wheel, and installs it.
-WAYS = ("wheel", *(pytest.param(way, marks=pytest.mark.slow) for way in ("pip install .", "pip install -e .")))
+WAYS = [pytest.param(way, marks=pytest.mark.slow) for way in ("wheel", "pip install .", "pip install -e .")]
 
 # Runs each code of a JSON object in a child of its own, and prints their exit codes and what they wrote.
 CHILDREN = r"""
@@ -255,6 +255,7 @@ def test_python_dash_m_reaches_our_command(seen):
     assert "--cfg-path" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_console_script_answers(environment):
     assert environment.run("lavis-kvmod", "--version").stdout.startswith("lavis-kvmod ")
     assert "demo" in environment.run("lavis-kvmod", "--help").stdout

@@ -73,6 +73,7 @@ def study_of(tmp_path, model_config, monkeypatch):
     return write
 
 
+@pytest.mark.slow
 def test_a_study_is_trained_gone_on_with_and_told(study_of, tmp_path, monkeypatch, capsys):
     from lavis_kvmod.demo import digits
 

@@ -13,6 +13,7 @@ def rows(printed):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
 
 
+@pytest.mark.slow
 def test_both_tables(capsys):
     demo = ["memory", "--cfg-path", "projects/kvmod/demo_vqa.yaml", "--options", "run.device=cuda"]
     assert cli.main([*demo, "--batch-sizes", "1024"]) == 0

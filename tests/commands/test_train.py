@@ -166,6 +166,7 @@ def test_lavis_own_task_and_evaluation_run_on_the_cpu(run_file, tmp_path):
     assert logs["val"]["agg_metrics"] == scorer.accuracy["overall"]
 
 
+@pytest.mark.slow
 def test_both_tasks_agree_on_the_score(run_file, tmp_path):
     path = run_file(max_epoch=1)
     checkpoint = train(path) and only_run(tmp_path) / "checkpoint_last.pth"

@@ -316,7 +316,7 @@ def test_loss_is_on_the_answer_alone(build, vqa_batch, monkeypatch):
     vqa_batch["weight"] = torch.ones(2)
     loss = model(vqa_batch)["loss"]
     (text,) = batches
-    decoded = [model.opt_tokenizer.decode(ids[labels != -100]) for ids, labels in zip(*text[::2])]
+    decoded = [model.opt_tokenizer.decode(ids[labels != -100]) for ids, labels in zip(text.input_ids, text.labels)]
     assert decoded == [" seven\n", " red\n"]
 
     features = model.encode(vqa_batch).soft_prompt

@@ -127,6 +127,7 @@ def test_the_gpus_randomness_is_kept_too(monkeypatch):
     assert len(told) == 1
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_that_no_longer_gets_better(write_run, runs, monkeypatch):
     values = iter([1.0, 3.0, 2.0, 3.0, 9.0])
     monkeypatch.setattr(KVModVQATask, "after_evaluation", lambda self, **kw: {"agg_metrics": next(values)})
