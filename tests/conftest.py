@@ -27,9 +27,11 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 
 from lavis_kvmod import Blip2OPTKVMod
+from lavis_kvmod.system.allocator import keep_freed_memory
 
 # These models are too small to share out: threads would only wait for each other, and for whatever else runs.
 torch.set_num_threads(1)
+keep_freed_memory()  # as a run on the CPU does
 
 # PyTorch replaces its thread pool at the first use after a fork, not safely when several of autograd's threads do it
 # at once ("Invalid thread pool!", and the child aborts). So every child of a test uses it once before.

@@ -75,6 +75,7 @@ def test_the_demo_runs_anywhere(tmp_path, monkeypatch, capsys, alone):
     assert list(tmp_path.iterdir()) == []  # looking leaves nothing
 
 
+@pytest.mark.slow
 def test_missing_data_is_named_with_the_next_step(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(MISSING_DATA)

@@ -123,6 +123,7 @@ def test_an_index_is_written_by_the_command(run_file, tmp_path, capsys):
     assert sum(c.texts for c in read_index(tmp_path / "out" / "train")["shards"].values()) == 9
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(run_file, tmp_path):
     """SIGKILL and SIGTERM, in a process of its own, until a call comes through."""
     rows = []

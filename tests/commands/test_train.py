@@ -230,6 +230,7 @@ def test_where_nothing_is_scored_the_newest_is_the_best(run_file, tmp_path, monk
     assert checkpoints.read(only_run(tmp_path) / "checkpoint_best.pth")["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_without_validation_the_newest_is_the_best(run_file, tmp_path):
     assert train(run_file(valid_splits=[])) is not None
     assert checkpoints.read(only_run(tmp_path) / "checkpoint_best.pth")["epoch"] == 1

@@ -180,10 +180,10 @@ GRID = dict(prefix_source="grid", aux_encoder=["efficientnet-b0"] * 2, aux_check
 @pytest.mark.parametrize(
     "keys",
     [
-        dict(connector="linear", fusion="gated_cross_attention", gated_every=1),
+        pytest.param(dict(connector="linear", fusion="gated_cross_attention", gated_every=1), marks=pytest.mark.slow),
         pytest.param(dict(connector="perceiver", **SMALL), marks=pytest.mark.slow),
         pytest.param(dict(qformer_text_input=True), marks=pytest.mark.slow),
-        pytest.param(dict(connector="mlp"), marks=pytest.mark.slow),
+        dict(connector="mlp"),
         pytest.param(dict(connector="visual_abstractor", **SMALL), marks=pytest.mark.slow),
         pytest.param(dict(connector="c_abstractor", connector_geometry=dict(hidden_size=16)), marks=pytest.mark.slow),
         pytest.param(GRID, marks=pytest.mark.slow),

@@ -111,6 +111,7 @@ def assert_same_training(path, first, second):
             assert float(one[key]) == pytest.approx(float(two[key]), abs=1.1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_with_batch_b_are_one_with_2b(steady_run, in_process, runs):
     """20 steps. 13 samples with answers of different lengths: the last batch has one sample, the second rank none."""
     path = steady_run(max_epoch=5, batch_size_train=2)

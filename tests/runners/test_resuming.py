@@ -133,6 +133,7 @@ def test_the_best_is_looked_for_beside_the_checkpoint(tmp_path, caplog):
     assert target.read_bytes() == (old / "checkpoint_best.pth").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(write_run, runs, capsys):
     path = write_run(max_epoch=1, resume_ckpt_path="auto", test_splits=["val"])
     train(path)
