@@ -143,6 +143,9 @@ def test_a_long_sequence_goes_through_in_windows(build, images):
     assert len(model.generate({**long, "window": 2}, num_beams=2)) == 2
     answers = model.predict_answers({**long, "window": 2}, inference_method="rank", answer_list=["yes", "no"])
     assert set(answers) <= {"yes", "no"}
+    learns = build(max_images=2).train()
+    learns({"image": long["image"], "text_input": ["a photo of a cat"] * 2, "window": 2})["loss"].backward()
+    assert learns.opt_proj.weight.grad.any()
 
 
 def test_windows_that_do_not_fit_are_told(build, images):
@@ -159,6 +162,7 @@ def test_windows_that_do_not_fit_are_told(build, images):
         ),
         (dict(window=0), "got 0, 0"),
         (dict(window=2, image_mask=MASK), "as many in each sample and no tiles"),
+        (dict(window=2, history=[[]] * 3), "gated layers and conversations have no windows; leave it out"),
     ):
         with pytest.raises(ValueError, match=told):
             model.generate({"image": of_images(images), **more})
