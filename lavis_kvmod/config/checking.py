@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lavis_kvmod.config.loading import KVModConfig
 
 __all__ = [
+    "conversation_problems",
     "image_size_problems",
     "model_problems",
     "name_problems",
@@ -222,15 +223,19 @@ def too_many_images_problems(cfg: "KVModConfig") -> List[str]:
                 f"model.max_images: expected at least {number}, the images that datasets.{name} has in {source}; "
                 f"got {takes}"
             )
-    return problems + _conversation_problems(cfg)
+    return problems
 
 
-def _conversation_problems(cfg: "KVModConfig") -> List[str]:
-    """Conversations that are longer than the language model, or for which images have no place in its text."""
-    get, model = builder_getter(cfg.run_cfg), ModelSettings.check(cfg.model_cfg)[0]
+def conversation_problems(cfg: "KVModConfig") -> List[str]:
+    """Conversations that are longer than the language model, or for which images have no place in its text; to be asked
+    when the data have been looked at."""
+    get = builder_getter(cfg.run_cfg)
     told = [name for name in cfg.datasets_cfg if hasattr(get(name), "longest")]
     if not told or cfg.model_cfg.arch != ARCH:
         return [f"datasets.{name}: expected model.arch {ARCH}, got {cfg.model_cfg.arch}" for name in told]
+    model, wrong = ModelSettings.check(cfg.model_cfg)
+    if wrong:  # told by itself
+        return []
     elsewhere = [
         f"model.{key}: the images of datasets.{told[0]} stand in the language model's text; leave it out"
         for key, is_set in (

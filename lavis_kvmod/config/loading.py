@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_kvmod.config.checking import (
+    conversation_problems,
     head_problems,
     image_size_problems,
     model_problems,
@@ -97,7 +98,7 @@ def load_config(
     # What is packed may be ranked later.
     problems += keep_used_splits(cfg, ranks or data_only) or data_problems(cfg)
     if not data_only:
-        problems += too_many_images_problems(cfg)
+        problems += too_many_images_problems(cfg) + conversation_problems(cfg)
     if problems:
         raise ConfigurationError(path, problems)
     if not data_only:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from lavis_kvmod.datasets.annotated import AnnotatedDataset, Annotation, Sample, VQAEvalData
-from lavis_kvmod.datasets.builder import Problem, Splits
+from lavis_kvmod.datasets.builder import Problem, VQABuilder, num_images
 from lavis_kvmod.datasets.cells import first, is_nothing, read_id, read_name, read_names, short
 from lavis_kvmod.datasets.custom import CustomBuilder
 from lavis_kvmod.datasets.settings import CustomInstructSettings
@@ -50,14 +50,13 @@ class _Told(NamedTuple):
     images: List[str]
 
 
-class CustomInstructBuilder(CustomBuilder):
+class CustomInstructBuilder(CustomBuilder, VQABuilder):
     """``custom_instruct``: rows with images and a conversation."""
 
     DATASET_CONFIG_DICT = {"default": "configs/datasets/custom/defaults_instruct.yaml"}
     settings_class = CustomInstructSettings
     train_dataset_cls = InstructTrainData
     eval_dataset_cls = InstructEvalData
-    target = "answer"
     REQUIRED = ()  # of two columns of conversations one is there, and messages may name their images
 
     def _texts(self, cells: Dict[str, List[Any]], separator: Optional[str]) -> Annotation:
@@ -67,7 +66,7 @@ class CustomInstructBuilder(CustomBuilder):
         told = _read(found[0])
         named = read_names(cells["image"], "image") or told.images
         marks = marks_in(told.turns)
-        if marks not in (len(named), 0 if len(named) == 1 else len(named)):
+        if marks != len(named) and (marks, len(named)) != (0, 1):
             raise ValueError(f"expected an image for each {MARK}; got {marks} marks and {len(named)} images")
         return {
             "image": tuple(named) if len(named) > 1 else "".join(named),
@@ -105,11 +104,6 @@ class CustomInstructBuilder(CustomBuilder):
                 arranged.append({**row, **of_turn})
         return arranged
 
-    def answer_list(self, splits: Splits) -> Optional[List[str]]:
-        """All answers in train, as often as they are given: candidates for ranking."""
-        answers = dict.fromkeys(answer for row in splits.get("train", ()) for answer in row["answer"])
-        return list(answers) or None
-
     @classmethod
     def most_images(cls) -> Tuple[int, str]:
         """One: each image of a conversation goes through the model by itself."""
@@ -120,11 +114,7 @@ class CustomInstructBuilder(CustomBuilder):
         """Of the conversation that takes the most positions in the language model at least: its images, its words (each
         a token or more), and where it was read."""
         splits = cls._prepared[1] if cls._prepared else {}
-        sizes = [
-            (max(1, len(row["image"]) if isinstance(row["image"], tuple) else 1), _words(row), row["source"])
-            for rows in splits.values()
-            for row in rows
-        ]
+        sizes = [(num_images(row), _words(row), row["source"]) for rows in splits.values() for row in rows]
         return max(sizes, key=lambda size: size[0] * num_soft + size[1], default=(0, 0, ""))
 
 

@@ -157,6 +157,7 @@ def test_from_a_file_to_a_score_and_the_answers(run_file, tmp_path):
             ROWS,
             "model.qformer_text_input: the images of datasets.custom_instruct stand in",
         ),
+        ({"connector": "mlp", "merge_visual_tokens": 9999}, ROWS, "merge_visual_tokens: expected .* got 9999"),
         (
             {},
             [*ROWS, {"image": "camera", "conversations": llava("Who? " * 130, "a man")}],
