@@ -12,7 +12,9 @@ from typing import Iterator, Union
 import numpy as np
 import torch
 
-__all__ = ["own_randomness", "seed_from", "seeded", "stable_hash"]
+from lavis_kvmod.system.randomness import own_randomness
+
+__all__ = ["seed_from", "seeded", "stable_hash"]
 
 Part = Union[int, str]
 
@@ -42,18 +44,6 @@ def seed_from(*parts: Part) -> None:
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
     # torch.manual_seed would reset the GPUs' generators too, which the training needs as they are.
     torch.default_generator.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def own_randomness() -> Iterator[None]:
-    """A block after which the three are as they were before, whatever it seeds and draws."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from lavis_kvmod.demo.pages_language import PagesLanguageRecipe, train_pages_lan
 from lavis_kvmod.demo.vision import VisionRecipe, train_vision_encoder
 from lavis_kvmod.demo.words import save_vocabulary, vocabulary
 from lavis_kvmod.system.paths import cache_dir
+from lavis_kvmod.system.randomness import own_randomness
 
 __all__ = [
     "DEMO",
@@ -199,7 +200,7 @@ def _build(folder: Path, recipe: AnyRecipe, seed: int, build: Callable[[Path], D
     logging.warning("demo: pre-training its %s part, once; it is kept in %s", folder.name, folder)
     made = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
-        with _own_randomness(seed), torch.enable_grad():
+        with _seeded(seed), torch.enable_grad():
             measured = build(made)
         logging.info("demo: %s part built: %s", folder.name, measured)
         files = {file.name: _digest(file) for file in sorted(made.iterdir())}
@@ -249,15 +250,10 @@ def _locked(path: Path, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
+def _seeded(seed: int) -> Iterator[None]:
     """Seed the global generators for a build, and leave the caller's as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    with own_randomness():
         torch.manual_seed(seed)
         random.seed(seed)  # LAVIS's OPT draws from it, for its layer drop
         np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+        yield

@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 from lavis_kvmod.datasets.loading.images import Views, each_image_once
 from lavis_kvmod.datasets.loading.loader import PADDING, Batch, or_failure
 from lavis_kvmod.datasets.loading.plans import BatchPlan, EpochPlan, SamplePlan
-from lavis_kvmod.datasets.seeding import own_randomness, seed_from, stable_hash
+from lavis_kvmod.datasets.seeding import seed_from, stable_hash
+from lavis_kvmod.system.randomness import own_randomness
 
 __all__ = ["SampleSource"]
 
