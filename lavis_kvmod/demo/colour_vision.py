@@ -60,8 +60,9 @@ class ColourVisionTransformer(LuminanceVisionTransformer):
 
 @dataclass(frozen=True)
 class ColourVisionRecipe(VisionRecipe):
-    """As the demo's; ``colour_share`` (0 … 1) of the pictures are coloured."""
+    """As the demo's, trained longer; ``colour_share`` (0 … 1) of the pictures are coloured."""
 
+    steps: int = 500
     colour_share: float = 0.0
 
 

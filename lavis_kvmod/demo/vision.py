@@ -74,7 +74,7 @@ class VisionRecipe:
     depth: int = 4
     num_heads: int = 4
     mlp_ratio: float = 4.0
-    steps: int = 500
+    steps: int = 350
     batch_size: int = 64
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
