@@ -18,6 +18,7 @@ from lavis_kvmod.datasets.settings import (
     SampleSettings,
     ShardSettings,
     SplitSettings,
+    VideoSettings,
     VQAColumns,
 )
 from lavis_kvmod.demo.pages import PageSettings
@@ -71,6 +72,7 @@ TABLES: Dict[str, Table] = {
     "data-processors": Table("datasets", ProcessorSettings),
     "data-samples": Table("datasets", SampleSettings),
     "custom": Table("datasets", CustomSettings),
+    "videos": Table("datasets", VideoSettings),
     "custom_vqa": Table("datasets", CustomVQASettings),
     "custom_vqa-columns": Table("datasets", VQAColumns),
     "custom_caption": Table("datasets", CustomCaptionSettings),

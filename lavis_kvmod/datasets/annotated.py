@@ -3,7 +3,7 @@
 An annotation is a dict:
 
 =================  =====================================================================================================
-``image``          absolute path of the image file; of several images of a row, a tuple of them
+``image``          absolute path of the image file; of several images of a row, or of none, a tuple of them
 ``image_id``       any number or text; the same for all rows of an image
 ``frames``         of a video, whose path ``image`` then is: how many of its frames are seen
 ``frames_by``      and which: see `lavis_kvmod.datasets.video.read_frames`
@@ -52,6 +52,8 @@ __all__ = [
 
 Annotation = Dict[str, Any]
 Sample = Dict[str, Any]
+
+_BLANK = (64, 64)  # a picture that only tells the size of those there are not
 
 
 def answers_and_weights(annotation: Annotation) -> Tuple[List[str], List[float]]:
@@ -168,7 +170,7 @@ class AnnotatedDataset(BaseDataset):
 
     def image_of(self, index: int) -> Hashable:
         """What the image of a sample, or its images together, are known by."""
-        return self.annotation[index]["image"]
+        return self.annotation[index]["image"] or ("no image", index)
 
     def sample(self, index: int, views: Dict[Hashable, Sample]) -> Sample:
         """The same, sharing what is seen of an image among the samples that show it: see
@@ -211,6 +213,9 @@ class AnnotatedDataset(BaseDataset):
             return self._seen(read_image(paths), annotation)
         else:
             named = [(path, read_image(path)) for path in paths]
+        if not named:
+            blank = self._seen(Image.new("RGB", _BLANK), annotation)
+            return {key: [] if key == "image_key" else value[None][:0] for key, value in blank.items()}
         seen = [self._seen(image, {**annotation, "image": name}) for name, image in named]
         together: Sample = {"image": torch.stack([each["image"] for each in seen])}
         return {**together, "image_key": [each["image_key"] for each in seen]} if "image_key" in seen[0] else together

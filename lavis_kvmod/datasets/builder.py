@@ -310,9 +310,13 @@ def _find_image(row: Annotation, folders: ImageFolders, known: Dict[str, Any]) -
     """Replace the name of a row's image by its path, or note why that cannot be done.
 
     Rows about the same image share its path: ``known`` has what was found for a name. Of several images all must be
-    there; their names together are the row's.
+    there; their names together are the row's. A row that is to have none is known by where it was read.
     """
     given = row.get("image")
+    if given == ():
+        row["image_name"] = row["source"]
+        row["image_id"] = row["source"] if row.get("image_id") is None else row["image_id"]
+        return
     names = ["" if name is None else str(name).strip() for name in (given if isinstance(given, tuple) else [given])]
     for name in names:
         if name not in known:

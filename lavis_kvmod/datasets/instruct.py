@@ -69,7 +69,7 @@ class CustomInstructBuilder(CustomBuilder, VQABuilder):
         if marks != len(named) and (marks, len(named)) != (0, 1):
             raise ValueError(f"expected an image for each {MARK}; got {marks} marks and {len(named)} images")
         return {
-            "image": tuple(named) if len(named) > 1 else "".join(named),
+            "image": named[0] if len(named) == 1 else tuple(named),
             "turns": told.turns,
             "answer": [answer for _, answer in told.turns if answer is not None],
             "conversation_id": read_id(first(cells["id"]), "id"),

@@ -162,13 +162,9 @@ class CaptionColumns(Settings):
 
 
 class CustomSettings(SampleSettings):
-    """What ``custom_vqa``, ``custom_caption`` and ``artquest`` read beside that."""
+    """What ``custom_vqa``, ``custom_caption``, ``custom_instruct`` and ``artquest`` read beside that."""
 
     columns: Dict[str, Any] = key({}, "names of columns that are not as below", expected="keys with values")
-    frames: int = key(8, "how many frames of a video are seen ([inputs.md](inputs.md))", gt=0)
-    frames_by: Literal["uniform", "scene"] = key(
-        "uniform", "which: `uniform`, evenly spaced; `scene`, one of each scene", expected="uniform or scene"
-    )
     split: Optional[Dict[str, Any]] = key(
         None, "`{val: 0.1, test: 0.1, seed: 42}` takes whole images away from train", expected="keys with values"
     )
@@ -177,7 +173,16 @@ class CustomSettings(SampleSettings):
     encoding: Optional[str] = key(None, "of a text file; UTF-8")
 
 
-class CustomVQASettings(CustomSettings):
+class VideoSettings(CustomSettings):
+    """What ``custom_vqa``, ``custom_caption`` and ``artquest`` read beside that."""
+
+    frames: int = key(8, "how many frames of a video are seen ([inputs.md](inputs.md))", gt=0)
+    frames_by: Literal["uniform", "scene"] = key(
+        "uniform", "which: `uniform`, evenly spaced; `scene`, one of each scene", expected="uniform or scene"
+    )
+
+
+class CustomVQASettings(VideoSettings):
     """What ``custom_vqa`` and ``artquest`` read beside that."""
 
     answer_separator: Optional[str] = key(None, "what stands between several answers in one cell")
@@ -191,7 +196,7 @@ class CustomVQASettings(CustomSettings):
     tables: ClassVar[Dict[str, Type[Settings]]] = {**DataSettings.tables, "columns": VQAColumns}
 
 
-class CustomCaptionSettings(CustomSettings):
+class CustomCaptionSettings(VideoSettings):
     """What ``custom_caption`` reads beside that."""
 
     caption_separator: Optional[str] = key(None, "what stands between several captions in one cell")

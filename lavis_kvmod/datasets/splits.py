@@ -81,13 +81,14 @@ def _together(rows: Sequence[Annotation]) -> List[str]:
         return path
 
     for row in rows:
-        if isinstance(row["image"], tuple):
+        if isinstance(row["image"], tuple) and row["image"]:
             one, *others = sorted(map(root, row["image"]))
             first.update(dict.fromkeys(others, one))
     if not first:
         return [row["image_name"] for row in rows]
     called: Dict[str, str] = {}
-    roots = [root(row["image"][0] if isinstance(row["image"], tuple) else row["image"]) for row in rows]
+    images = [row["image"] if isinstance(row["image"], tuple) else (row["image"],) for row in rows]
+    roots = [root(next(iter(own), row["image_name"])) for row, own in zip(rows, images)]
     for row, found in zip(rows, roots):
         called[found] = min(called.get(found, row["image_name"]), row["image_name"])
     return [called[found] for found in roots]

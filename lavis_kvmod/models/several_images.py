@@ -89,7 +89,8 @@ def in_order(parts: Sequence[Tensor], rows: Sequence[List[int]]) -> Tensor:
 
 def each_by_itself(samples: Mapping[str, Any]) -> Tuple[Dict[str, Any], List[List[int]]]:
     """The images of a batch's samples (or, with ``image_index``, of what they show) as a batch of one image each, and
-    which of them are each sample's."""
+    which of them are each sample's. Where there are none, one that is black and nobody's: a step then still has what it
+    trains, as ranks expect of each other."""
     image, keys = samples["image"], samples.get("image_key")
     numbers = [[i] for i in range(len(image))]
     if image.ndim == 5:
@@ -100,6 +101,8 @@ def each_by_itself(samples: Mapping[str, Any]) -> Tuple[Dict[str, Any], List[Lis
         numbers = [[n for n, there in zip(*row) if there] for row in zip(counted, mask.tolist())]
         image = image[mask.to(image.device)]
         keys = None if keys is None else [key for own in keys for key in own]
+        if not len(image):
+            image, keys = image.new_zeros(1, *image.shape[1:]), None
     alone = {"image": image} if keys is None else {"image": image, "image_key": keys}
     shown = samples.get("image_index")
     return alone, numbers if shown is None else [numbers[i] for i in shown.tolist()]

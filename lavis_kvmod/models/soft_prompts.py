@@ -83,7 +83,10 @@ class SoftPromptModel(KVModBase):
             return samples["soft_prompt"]
         if in_conversation(samples) and "window" not in samples:
             self._require_places()
-            samples = each_by_itself(samples)[0]
+            count = self.num_samples(samples)
+            samples, shown = each_by_itself(samples)
+            if not any(shown):  # of the blank one nothing stands in front of a text
+                return self.encode(samples).soft_prompt.expand(count, -1, -1)[:, :0]
         if not (asked or "answer" in samples):  # a caption is not to be shown
             samples = {key: value for key, value in samples.items() if key != "text_input"}
         if "window" in samples:
@@ -190,7 +193,8 @@ class SoftPromptModel(KVModBase):
         text, or of images, and ``image_of`` (b,) says which is a text's."""
         if text.has_images:  # it names them itself
             image_of = None
-        packing = None if image_of is None else self._packing(soft_prompt, text, image_of.tolist())
+        shares = image_of if soft_prompt.shape[1] else None  # a text alone shares nothing
+        packing = None if shares is None else self._packing(soft_prompt, text, shares.tolist())
         if image_of is not None and packing is None:
             soft_prompt = soft_prompt[image_of.to(soft_prompt.device, non_blocking=True)]
         soft_prompt, seeing = self.into_language_model(soft_prompt)

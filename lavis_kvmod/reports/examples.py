@@ -103,6 +103,8 @@ def _from_data_set(row: Row, evaluated: Evaluated) -> Optional[Image.Image]:
         if instance not in places or not hasattr(dataset, "__getitem__"):
             return None
         pixels = dataset[places[instance]]["image"]
+    if not len(pixels):  # a conversation without images
+        return None
     return _to_image(side_by_side(pixels), getattr(dataset, "vis_processor", None))
 
 

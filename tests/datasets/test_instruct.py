@@ -133,6 +133,22 @@ def test_what_is_no_conversation_is_told_with_its_row(instruct, row, told):
     assert "train.json, entry 4" in problem and told in problem
 
 
+def test_a_conversation_without_images_is_text_alone(instruct):
+    """Each by itself: another text shares no image with it, nor a split."""
+    said = [{"id": str(i), "conversations": llava("Which day is it?", "Monday.")} for i in range(8)]
+    data = CustomInstructBuilder(instruct([*ROWS, *said], split={"val": 0.4})).build_datasets()
+    alone = [row["conversation_id"] for row in data["val"].annotation if not row["image"]]
+    assert 0 < len(alone) < len(said)
+    texts = [i for i, row in enumerate(data["train"].annotation) if not row["image"]]
+    assert len({data["train"].image_of(i) for i in texts}) == len(texts)
+    batch = data["train"].collater([data["train"][i] for i in texts])
+    assert batch["image"].shape[:2] == (len(texts), 0) and batch["image_mask"].shape == (len(texts), 0)
+    mixed = data["train"].collater([data["train"][i] for i in range(len(data["train"]))])
+    assert mixed["image_mask"].sum() == sum(
+        len(row["image"]) if isinstance(row["image"], tuple) else 1 for row in data["train"].annotation
+    )
+
+
 def small_run(run_file, tmp_path, rows, **options):
     path = tmp_path / "chat.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
@@ -147,6 +163,16 @@ def test_from_a_file_to_a_score_and_the_answers(run_file, tmp_path):
     rows = json.loads(path.read_text())
     assert {row["question_id"] for row in rows} == {"cat-1", "cat-2", "man-1", "both-1"}
     assert {row["question"]: row["answers"] for row in rows}["What colour?"] == ["Ginger."]
+
+
+def test_texts_alone_go_all_the_way(run_file, tmp_path):
+    """Batches of one, so that some have no image at all; a report shows the others."""
+    rows = [{"id": "day", "conversations": llava("Which day is it?", "Monday.", "And then?", "Tuesday.")}, *ROWS[:2]]
+    train(small_run(run_file, tmp_path, rows, max_epoch=1, batch_size_train=1))
+    (path,) = tmp_path.glob("output/*/result/test*.json")
+    assert {row["question_id"] for row in json.loads(path.read_text())} >= {"day-1", "day-2", "man-1"}
+    (report,) = tmp_path.glob("output/*/report.html")
+    assert "What colour?" in report.read_text()
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,37 @@ def test_images_stand_where_the_text_has_them(build, images):
     assert (hidden[0][answered:] - hidden[1][answered:]).abs().max() > 1e-5
 
 
+def test_a_conversation_without_images_is_read_by_the_language_model_alone(build, images):
+    """Beside others, or in a batch without any image, whose gradients are then zero, not missing."""
+    model, one = build().eval(), images(1)
+    turns = [FIRST, SECOND]
+    none = {"image": one.new_zeros(1, 0, *one.shape[1:]), "prompt": PROMPT, "turns": [turns]}
+    found = model(none)
+    laid_out = conversation_ids(model.opt_tokenizer, turns, PROMPT, 32, [])
+    assert min(laid_out.ids) >= 0
+    logits = model.opt_model(input_ids=torch.tensor([laid_out.ids])).logits[0, :-1]
+    # The answers' closing newlines among them: labels stand where their token does.
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(laid_out.labels[1:]))
+    close(found["loss"], expected)
+    found["loss"].backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.opt_proj.parameters())
+    mixed = {
+        "image": torch.stack([one, one]),
+        "image_mask": torch.tensor([[False], [True]]),
+        "prompt": PROMPT,
+        "turns": [turns, [FIRST]],
+    }
+    with_image = model({"image": one, "prompt": PROMPT, "turns": [[FIRST]]})
+    both = model(mixed)
+    parts = [(each["loss"] * each["loss_weight"]) for each in (found, with_image)]
+    close(both["loss"] * both["loss_weight"], sum(parts))
+    search = dict(num_beams=2, max_len=5, prompt=PROMPT, return_scores=True)
+    ask = {"text_input": [SECOND[0]] * 2, "history": [[FIRST], [FIRST]]}
+    first, second = model.predict_answers({**mixed, **ask}, **search)
+    (alone,) = model.predict_answers({**none, "text_input": [SECOND[0]], "history": [[FIRST]]}, **search)
+    assert first.answer == alone.answer and first.log_prob == pytest.approx(alone.log_prob, abs=1e-4)
+
+
 def test_what_others_of_a_batch_are_like_changes_nothing(build, images):
     """Images shared by samples, other numbers of them, longer histories beside."""
     model, three = build().eval(), images(3)
