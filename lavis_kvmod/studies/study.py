@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Literal, Mapping, NamedTuple, Optional, Sequence, Type
+from typing import Any, Callable, Dict, List, Literal, Mapping, NamedTuple, Sequence, Type
 
 import yaml
 
@@ -260,8 +260,3 @@ def _of_features(config: Mapping[str, Any]) -> Any:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:10]
-
-
-def known_metrics(kinds: Mapping[str, Optional[Sequence[str]]]) -> List[str]:
-    """The metrics that data with these question and answer types can have."""
-    return ["overall", *(f"{key}/{name}" for key, names in kinds.items() for name in names or ())]

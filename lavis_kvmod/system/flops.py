@@ -3,37 +3,56 @@
 import contextlib
 import time
 from functools import lru_cache
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 __all__ = ["counted_flops", "matrix_peak"]
 
 
 @contextlib.contextmanager
 def counted_flops() -> Iterator[List[int]]:
-    """Counts what is computed inside, forward and backward, by PyTorch's counter; the list then holds the number."""
-    from torch.utils.flop_counter import FlopCounterMode
+    """Counts what is computed inside, forward and backward, by PyTorch's formulas; the list then holds the number.
 
+    What is computed stays what it is, bit for bit: PyTorch's own counter replaces operations by others (SiLU's gradient
+    is one), so that a run that begins with a counted batch would not go on as one that was never interrupted.
+    """
     found: List[int] = []
-    counter: Any = FlopCounterMode(display=False, custom_mapping=_on_the_cpu())
-    counter.mod_tracker = _NoModules()
-    with counter:
+    with _Counter() as counter:
         yield found
-    found.append(int(counter.get_total_flops()))
+    found.append(counter.total)
 
 
-def _on_the_cpu() -> Dict[Any, Any]:
-    """What PyTorch's counter does not know: fused attention on a CPU."""
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self._formulas = _formulas()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = self._formulas.get(getattr(func, "overloadpacket", None))
+        if formula is not None:
+            shapes = tree_map_only(Tensor, lambda tensor: tensor.shape, (args, kwargs, result))
+            self.total += int(formula(*shapes[0], **shapes[1], out_val=shapes[2]))
+        return result
+
+
+def _formulas() -> Dict[Any, Callable[..., int]]:
+    """PyTorch's, by operation, and what its counter does not know: fused attention on a CPU."""
     from torch.utils import flop_counter
 
-    aten, known = torch.ops.aten, flop_counter.flop_registry
-    names: Dict[str, Any] = {
+    aten = torch.ops.aten
+    names: Dict[str, Callable[..., int]] = {
         "_scaled_dot_product_flash_attention_for_cpu": flop_counter.sdpa_flop_count,
         "_scaled_dot_product_flash_attention_for_cpu_backward": flop_counter.sdpa_backward_flop_count,
     }
-    formulas = {getattr(aten, name): count for name, count in names.items() if hasattr(aten, name)}
-    return {op: _of_shapes(count) for op, count in formulas.items() if op not in known}
+    own = {getattr(aten, name): _of_shapes(count) for name, count in names.items() if hasattr(aten, name)}
+    return {**own, **flop_counter.flop_registry}
 
 
 def _of_shapes(count: Callable[..., int]) -> Callable[..., int]:
@@ -44,13 +63,6 @@ def _of_shapes(count: Callable[..., int]) -> Callable[..., int]:
         return count(*shapes[:number])
 
     return formula
-
-
-class _NoModules(contextlib.nullcontext):
-    """In the place of PyTorch's tracker of modules, whose hooks fail at a frozen part behind a trained one: everything
-    is counted together."""
-
-    parents = ("Global",)
 
 
 @lru_cache(maxsize=None)

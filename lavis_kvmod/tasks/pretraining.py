@@ -18,11 +18,6 @@ class KVModPretrainTask(BuildsDatasets):
 
     target = "caption"
 
-    def __init__(self, **lavis: Any):
-        super().__init__(**lavis)
-        self._sums: Dict[str, float] = {}
-        self._samples = 0
-
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
         """Nothing to prepare: the losses need no ground truth but the texts."""
 

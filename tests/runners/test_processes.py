@@ -217,12 +217,34 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(write_run, 
     assert '"train_bad_step": "the loss is nan' in (runs("bad")[0] / "log.txt").read_text()
 
 
+SMALL = {"depth": 2, "num_heads": 4}
+EVERY_KIND = {  # of connector, fusion and prefix, each as small as it goes
+    "prefix": {},
+    "one-encoder": {"kv_modulation": False},
+    "grid": {"prefix_source": "grid", "prefix_grid": 2},
+    "two-encoders": {"aux_encoder": ["efficientnet-b0", "efficientnet-b0"]},
+    "dropped-now-and-then": {"prefix_dropout": 0.3},
+    "question": {"qformer_text_input": True, "bert_model": "demo", "load_pretrained": False},
+    "linear": {"connector": "linear"},
+    "mlp": {"connector": "mlp", "num_aux_tokens": 2},
+    "perceiver": {"connector": "perceiver", "connector_geometry": SMALL},
+    "c-abstractor": {"connector": "c_abstractor", "connector_geometry": {"hidden_size": 16}},
+    "visual-abstractor": {"connector": "visual_abstractor", "connector_geometry": SMALL},
+    "gated": {"connector": "linear", "fusion": "gated_cross_attention", "gated_every": 1},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("prefix", [True, False])
-def test_killed_and_resumed_on_two_processes(write_run, in_process, runs, killed_before_step, assert_same_run, prefix):
-    """Each rank goes on with its own randomness. With the prefix and without, every trained parameter gets a gradient:
-    DDP would tell otherwise."""
-    path = write_run(model={"kv_modulation": prefix}, save_every_n_iters=1, resume_ckpt_path="auto")
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_killed_and_resumed_on_two_processes(
+    write_run, in_process, runs, killed_before_step, assert_same_run, model_config, kind
+):
+    """Each rank goes on with its own randomness. Whatever the member, every trained parameter gets a gradient: DDP
+    would tell otherwise."""
+    model = dict(EVERY_KIND[kind])
+    if "aux_encoder" in model:
+        model["aux_checkpoint"] = [model_config()["aux_checkpoint"]] * len(model["aux_encoder"])
+    path = write_run(model=model, save_every_n_iters=1, resume_ckpt_path="auto")
     codes, output = ranks(in_process, lambda: train(path), "whole")
     assert codes == [0, 0] and "got no gradient" not in output, output
     codes, _ = ranks(in_process, killed_before_step(path, 6), "killed")
