@@ -90,7 +90,7 @@ def _primary_sentence(summary: Summary) -> str:
     verdict = "The interval leaves 0 out." if gain["tells_apart"] else "The interval holds 0: no difference is shown."
     return (
         f"The study asks for {_name(primary['metric'])} of {primary['arm']} against {primary['against']}: "
-        f"{_signed(gain)} points, {verdict} {_seeds(summary)}, {summary['questions']:,} questions about "
+        f"{_signed(gain)} points. {verdict} {_seeds(summary)}, {summary['questions']:,} questions about "
         f"{summary['images']:,} images of the split {summary['split']}; {100 * summary['confidence']:g} % bootstrap "
         "intervals over seeds and images, paired where arms are compared. All other figures are there to look at."
     )
