@@ -241,6 +241,7 @@ def conversation_problems(cfg: "KVModConfig") -> List[str]:
         for key, is_set in (
             ("fusion: gated_cross_attention", model.fusion != "soft_prompt"),
             ("qformer_text_input", model.qformer_text_input),
+            ("tiles", model.tiles is not None),
         )
         if is_set
     ]

@@ -183,6 +183,7 @@ def test_texts_alone_go_all_the_way(run_file, tmp_path):
             ROWS,
             "model.qformer_text_input: the images of datasets.custom_instruct stand in",
         ),
+        ({"tiles": {}}, ROWS, "model.tiles: the images of datasets.custom_instruct stand in the language model's text"),
         ({"connector": "mlp", "merge_visual_tokens": 9999}, ROWS, "merge_visual_tokens: expected .* got 9999"),
         (
             {},
