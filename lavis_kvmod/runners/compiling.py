@@ -2,7 +2,8 @@
 
 Compiled are the image encoder, the second encoder, the connector with its prefix, and OPT as it is trained behind; not
 its decoding, whose lengths change with every token. Modules are compiled in place, so parameters keep their names.
-CUDA graphs are `torch.compile`'s own (``mode="reduce-overhead"``).
+CUDA graphs are `torch.compile`'s own (``mode="reduce-overhead"``), and decoding's
+(`lavis_kvmod.models.language.recorded`).
 """
 
 import contextlib
@@ -11,6 +12,8 @@ from typing import Any, ContextManager, List, NamedTuple, Optional
 
 import torch
 from torch import nn
+
+from lavis_kvmod.models.language.recorded import Recordings
 
 __all__ = ["Plan", "begin_step", "compile_parts", "eagerly", "plan"]
 
@@ -68,11 +71,14 @@ def compile_parts(model: nn.Module, wanted: Plan, device: torch.device) -> List[
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     for part in found.values():
         part.compile(mode=wanted.mode)
-    decoder: Any = getattr(getattr(getattr(model, "opt_model", None), "model", None), "decoder", None)
+    opt_model: Any = getattr(model, "opt_model", None)
+    decoder: Any = getattr(getattr(opt_model, "model", None), "decoder", None)
     # Gated layers are hooks between OPT's, put there for each pass, which compiled code does not see.
     if hasattr(decoder, "compile_causal") and getattr(model, "gated_layers", None) is None:
         decoder.compile_causal(wanted.mode)
         found["opt_model"] = decoder
+        if wanted.mode == GRAPHS:
+            opt_model.recordings = Recordings()
     logging.info("compiled when first run, which takes minutes: %s (mode %s)", ", ".join(found), wanted.mode)
     return list(found)
 

@@ -126,7 +126,8 @@ class RunnerSettings(RunSettings):
     )
     cuda_graphs: Union[bool, Literal["auto"]] = key(
         False,
-        "compile, and record CUDA graphs; `auto`: where that can be done. Untried: no GPU has run it yet",
+        "compile, and record CUDA graphs, of decoding too; `auto`: where that can be done. Untried: no GPU has run it "
+        "yet",
         expected="true, false or auto",
     )
     log_peak_memory: bool = key(False, "log the most memory that each epoch's training took, on the GPU from its start")

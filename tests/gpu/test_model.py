@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from lavis_kvmod.models.language.recorded import Recordings
+
 # How far the loss may be from that in float32, and a gradient's norm, both relative. Measured at full size on an H200
 # against stock LAVIS on the same card: 9e-8 (fp32), 2e-5 (fp16), 6e-5 (bf16).
 TOLERANCES = {None: (1e-5, 1e-3), torch.float16: (2e-3, 5e-2), torch.bfloat16: (2e-2, 2e-1)}
@@ -38,17 +40,23 @@ def test_loss_and_gradients_are_the_cpus(build, vqa_batch, on_device, dtype, gat
     on_device(compare)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_answers_and_captions_are_the_cpus(build, vqa_batch, images, on_device, num_beams):
+def test_answers_and_captions_are_the_cpus(build, vqa_batch, images, on_device, num_beams, recorded):
+    """Step by step, and by CUDA graphs, whose memory is used twice."""
     model = build().eval()
 
     def compare(device):
         other = copy.deepcopy(model).to(device)
+        recordings = Recordings() if recorded else None
+        other.opt_model.recordings = recordings
         asked = {key: vqa_batch[key] for key in ("image", "text_input")}
         settings = dict(num_beams=num_beams, max_len=4, prompt="Question: {} Short answer:")
         answers = model.predict_answers(dict(asked), **settings)
-        assert other.predict_answers(moved(asked, device), **settings) == answers
+        for _ in range(2):
+            assert other.predict_answers(moved(asked, device), **settings) == answers
         captions = model.generate({"image": images(3)}, num_beams=num_beams, max_length=6)
         assert other.generate({"image": images(3).to(device)}, num_beams=num_beams, max_length=6) == captions
+        assert other.opt_model.recordings is recordings  # else nothing could be recorded
 
     on_device(compare)

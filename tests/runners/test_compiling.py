@@ -32,6 +32,16 @@ def test_where_nothing_can_be_compiled_the_model_stays_and_a_line_says_so(build,
     assert "\n" not in line and model.Qformer._compiled_call_impl is None
 
 
+def test_decoding_is_recorded_where_graphs_are(build, monkeypatch):
+    """Not beside gated layers, which are put between OPT's for each pass."""
+    monkeypatch.setattr(compiling, "_no_compiler", lambda device: None)
+    gated = dict(connector="linear", fusion="gated_cross_attention", gated_every=1)
+    for mode, overrides, recorded in ((GRAPHS, {}, True), ("default", {}, False), (GRAPHS, gated, False)):
+        model = build(**overrides)
+        compile_parts(model, Plan(mode), torch.device("cpu"))
+        assert (model.opt_model.recordings is not None) is recorded
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_what_is_compiled_computes_the_same(build, images):

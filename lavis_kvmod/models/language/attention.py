@@ -71,9 +71,9 @@ class LayerCache:
 class CachedAttention(OPTAttention):
     """LAVIS's ``OPTAttention``, by `torch.nn.functional.scaled_dot_product_attention`; a frozen one, without dropout.
 
-    ``past_key_value`` is a pair of tensors as in LAVIS, or a `LayerCache`, which is written in place. Several positions
-    without an ``attention_mask`` attend causally, which needs none to be made and takes the fastest kernel; a mask may
-    also be of booleans, true where a position is seen.
+    ``past_key_value`` is a pair of tensors as in LAVIS, or a `LayerCache` or its like, which is written in place.
+    Several positions without an ``attention_mask`` attend causally, which needs none to be made and takes the fastest
+    kernel; a mask may also be of booleans, true where a position is seen.
     """
 
     def forward(
@@ -92,7 +92,7 @@ class CachedAttention(OPTAttention):
                 hidden_states, key_value_states, past_key_value, attention_mask, layer_head_mask, output_attentions
             )
         query, key, value = (self._heads(of(hidden_states)) for of in (self.q_proj, self.k_proj, self.v_proj))
-        if isinstance(past_key_value, LayerCache):
+        if hasattr(past_key_value, "add"):
             key, value = past_key_value.add(key, value)
         elif past_key_value is not None:
             key, value = (torch.cat(pair, dim=2) for pair in zip(past_key_value, (key, value)))

@@ -6,7 +6,7 @@ is the text's, prompt and padding counted; what stands in the prompt counts as r
 likeliest. Whether all texts have ended is asked once a step; nothing else waits for the device.
 """
 
-from typing import List, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lavis_kvmod.models.language.attention import KeyValueCache
 from lavis_kvmod.models.language.opt import FrozenOPT
+from lavis_kvmod.models.language.recorded import FixedStep, Step
 from lavis_kvmod.system.distributed import all_reduce_sum
 from lavis_kvmod.system.sharding import is_sharded
 
@@ -79,8 +80,11 @@ class Steps:
         self._opt, self._sharded, self._copies = opt, is_sharded(opt), copies
         said = opt.model.decoder(inputs_embeds=beginning, attention_mask=mask, use_cache=True, return_dict=True)
         self._last = said.last_hidden_state[:, -1:]
-        self.cache = KeyValueCache(said.past_key_values, copies, room)
-        self._mask = F.pad(mask.repeat_interleave(copies, dim=0), (0, room), value=1)
+        self._begin(said.past_key_values, mask, room)
+
+    def _begin(self, beginning: Any, mask: Tensor, room: int) -> None:
+        self.cache = KeyValueCache(beginning, self._copies, room)
+        self._mask = F.pad(mask.repeat_interleave(self._copies, dim=0), (0, room), value=1)
 
     def first(self) -> Tensor:
         """Logits (b * copies, vocabulary) behind the beginning."""
@@ -110,6 +114,35 @@ class Steps:
         return all_reduce_sum([float(not done.all())], done.device) == [0.0]
 
 
+class RecordedSteps(Steps):
+    """The same, each step the replay of a recording."""
+
+    def __init__(self, *args: Any, recording: Tuple[FixedStep, Step], **kwargs: Any):
+        self._fixed, self._replay = recording
+        super().__init__(*args, **kwargs)
+
+    def _begin(self, beginning: Any, mask: Tensor, room: int) -> None:
+        self._fixed.begin(beginning, mask, self._copies)
+
+    def __call__(self, tokens: Tensor, rows: Optional[Tensor] = None) -> Tensor:
+        """As `Steps`; the logits are written over by the next step."""
+        self._fixed.tokens.copy_(tokens)
+        if rows is not None:
+            self._fixed.parents.copy_(rows)
+        self._replay()
+        return self._fixed.logits
+
+
+def _steps(opt: FrozenOPT, beginning: Tensor, mask: Tensor, search: Search) -> Steps:
+    room, recording = search.max_new_tokens - 1, None
+    if opt.recordings is not None and room:
+        moves, rows = not search.sample and search.num_beams > 1, len(mask) * search.copies
+        recording = opt.recordings.step(opt, rows, mask.shape[1] + room, moves)
+    if recording is None:
+        return Steps(opt, beginning, mask, search.copies, room)
+    return RecordedSteps(opt, beginning, mask, search.copies, room, recording=recording)
+
+
 @torch.no_grad()
 def decode(
     opt: FrozenOPT, beginning: Tensor, mask: Tensor, text: Tensor, search: Search, *, stop: int, pad: int
@@ -133,7 +166,7 @@ def decode(
     # In the weights' own precision: autocast would convert them at every step.
     with torch.autocast(beginning.device.type, enabled=False):
         beginning = beginning.to(opt.get_input_embeddings().weight.dtype)
-        steps = Steps(opt, beginning, mask, search.copies, room=search.max_new_tokens - 1)
+        steps = _steps(opt, beginning, mask, search)
         following = choice.choose(steps.first())
         while choice.new < search.max_new_tokens and not steps.all_done(choice.done):
             following = choice.choose(steps(*following))

@@ -8,6 +8,7 @@ from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTForCausalLM
 
 from lavis_kvmod.models.language.decoding import Search, decode
 from lavis_kvmod.models.language.opt import FrozenOPT
+from lavis_kvmod.models.language.recorded import Recordings
 
 PAD, STOP, QUERIES, WIDTH, NEW = 1, 7, 5, 32, 8
 TEXTS = [[2], [2, 9, 11, 30], [2, 11, 9]]  # BOS, and prompts of several lengths: padded on the left
@@ -165,3 +166,57 @@ def test_weights_are_used_as_they_are_stored(both, prompts):
         assert of_ours(ours, prompts, search) == plain
     hook.remove()
     assert dtypes == {torch.float32}
+
+
+RECORDED = [
+    Search(NEW, num_beams=3, num_return_sequences=2, min_new_tokens=2, length_penalty=-1.0),
+    Search(NEW, num_beams=2, repetition_penalty=1.3),
+    Search(NEW),
+    Search(1, num_beams=3),
+    Search(NEW, sample=True, top_p=0.9, num_return_sequences=2),
+]
+
+
+def assert_same_texts(found, expected):
+    assert [text.ids for text in found] == [text.ids for text in expected]
+    assert [text.log_prob for text in found] == pytest.approx([text.log_prob for text in expected], abs=1e-5)
+
+
+def test_steps_of_one_shape_give_the_same_texts(both, prompts):
+    """What a CUDA graph would replay, run as it is: memory that was used before, and other numbers of rows."""
+    ours, shapes = both[1], []
+    fewer = tuple(part[1:3] for part in prompts)
+    for search in [*RECORDED, *RECORDED]:
+        for batch in (prompts, fewer):
+            torch.manual_seed(3)
+            expected = of_ours(ours, batch, search)
+            ours.recordings = recordings = Recordings(record=lambda step: shapes.append(step.logits.shape) or step)
+            for _ in range(2):  # the second time in memory that is full
+                torch.manual_seed(3)
+                assert_same_texts(of_ours(ours, batch, search), expected)
+            assert ours.recordings is recordings
+            ours.recordings = None
+    assert len(shapes) == 2 * 2 * (len(RECORDED) - 1)  # once each; the search for one token needs no step
+
+
+def test_few_recordings_are_kept(both, prompts):
+    ours, made = both[1], []
+    ours.recordings = Recordings(record=lambda step: made.append(step) or step)
+    for beams in (1, 2, 1, 3, 1, 2):
+        of_ours(ours, prompts, Search(NEW, num_beams=beams))
+    ours.recordings = None
+    assert [len(step.tokens) for step in made] == [4, 8, 12, 8]  # that of 8 rows had made room for 12
+
+
+def test_where_nothing_can_be_recorded_a_line_says_so(both, prompts, caplog):
+    def fails(step):
+        raise RuntimeError("CUDA error: out of memory\nand more")
+
+    ours, search = both[1], Search(NEW, num_beams=2)
+    expected = of_ours(ours, prompts, search)
+    ours.recordings = Recordings(record=fails)
+    assert_same_texts(of_ours(ours, prompts, search), expected)
+    assert ours.recordings is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "decoding goes on without CUDA graphs: CUDA error: out of memory"
+    ]
