@@ -214,7 +214,8 @@ class KVModBase(Blip2Base):
         if self.merge_visual_tokens is not None:
             merged, _ = merge_tokens(features.visual_tokens, self.merge_visual_tokens)
             features = features._replace(visual_tokens=merged)
-        return controlled(self.prefix_control, features, swap=self.swap_prefix)
+        each = samples["image"].shape[1] if samples["image"].ndim == 5 else 1
+        return controlled(self.prefix_control, features, self.swap_prefix, each)
 
     def seen(self, samples: Mapping[str, Any]) -> Seen:
         """`frozen_features`, those of a sample's images side by side: see `lavis_kvmod.models.several_images`.

@@ -82,6 +82,17 @@ def test_the_prefixes_of_all_images_stand_in_front_of_the_tokens_of_all(build, i
     assert share == pytest.approx(sum(each) / 3, abs=1e-5)
 
 
+@pytest.mark.parametrize("control", ["none", "shuffled"])
+def test_another_images_prefix_is_that_of_another_sample(build, images, control):
+    """Of all its images: the next tile of the same page would not be another's."""
+    model = build(max_images=2, prefix_control=control).eval()
+    of_sample = images(6).view(3, 2, *images(1).shape[1:])
+    own = build(max_images=2).eval().frozen_features({"image": of_sample}).pooled.unflatten(0, (3, 2))
+    model.swap_prefix = control == "none"
+    found = model.frozen_features({"image": of_sample}).pooled.unflatten(0, (3, 2))
+    torch.testing.assert_close(found, own[[2, 0, 1]])
+
+
 def test_training_answering_and_ranking(build, images):
     model, samples = build(max_images=3).train(), batch(images)
     loss = model(samples)["loss"]

@@ -21,12 +21,12 @@ __all__ = ["PREFIX_CONTROLS", "controlled"]
 PREFIX_CONTROLS = ("none", "constant", "shuffled", "untrained", "vit")
 
 
-def controlled(control: str, features: FrozenFeatures, swap: bool = False) -> FrozenFeatures:
+def controlled(control: str, features: FrozenFeatures, swap: bool = False, each: int = 1) -> FrozenFeatures:
     """Features whose ``pooled`` (b, …, f) are replaced by the control's, of the same shape; with ``swap`` each image
     has what another one would have.
 
-    Another image is the one before in the batch, where each image is there once (``run.group_by_image``); a batch of
-    one image keeps its own.
+    Another image is the one before in the batch, where each image is there once (``run.group_by_image``), or with
+    ``each`` images a sample that of the sample before; a batch of one image keeps its own.
 
     Raises:
         ValueError: for an unknown control.
@@ -41,8 +41,8 @@ def controlled(control: str, features: FrozenFeatures, swap: bool = False) -> Fr
     elif control == "vit":
         pooled = _as_wide(features.visual_tokens.mean(1), pooled)
     elif control == "shuffled":
-        pooled = pooled.roll(1, dims=0)
-    return features._replace(pooled=pooled.roll(1, dims=0) if swap else pooled)
+        pooled = pooled.roll(each, dims=0)
+    return features._replace(pooled=pooled.roll(each, dims=0) if swap else pooled)
 
 
 def _as_wide(mean: Tensor, like: Tensor) -> Tensor:
