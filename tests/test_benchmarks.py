@@ -102,7 +102,7 @@ def test_karpathys_own_file_gives_the_splits_of_lavis_files(benchmarks, run_file
     [
         ("vqav2", {}, "train", "val"),
         pytest.param("coco_vqa", {}, "train", "val", marks=pytest.mark.slow),
-        ("ok_vqa", {}, "train", "test"),
+        pytest.param("ok_vqa", {}, "train", "test", marks=pytest.mark.slow),
         pytest.param("aok_vqa", {}, "train", "val", marks=pytest.mark.slow),
         pytest.param("gqa", BALANCED, "train", "val", marks=pytest.mark.slow),
         ("vg_vqa", {}, "train", None),
@@ -123,7 +123,14 @@ def test_questions_are_trained_on_and_scored(run_file, tmp_path, name, section, 
     }
 
 
-@pytest.mark.parametrize("name, section", [("coco_caption", {}), ("vg_caption", {}), ("nocaps", OFFICIAL_NOCAPS)])
+@pytest.mark.parametrize(
+    "name, section",
+    [
+        ("coco_caption", {}),
+        pytest.param("vg_caption", {}, marks=pytest.mark.slow),
+        pytest.param("nocaps", OFFICIAL_NOCAPS, marks=pytest.mark.slow),
+    ],
+)
 def test_captions_are_trained_on_and_scored(run_file, tmp_path, name, section):
     test_on = {"coco_caption": ["test"], "nocaps": ["val"], "vg_caption": []}[name]
     splits = {"train_splits": [] if name == "nocaps" else ["train"], "test_splits": test_on}

@@ -93,7 +93,10 @@ def one_word_changed(path: Path, tmp_path: Path, arch: str = "blip2_opt") -> str
     return str(changed)
 
 
-@pytest.mark.parametrize("name", ["caption_coco_ft", "caption_coco_opt2.7b_eval", "caption_coco_opt6.7b_eval"])
+@pytest.mark.parametrize(
+    "name",
+    ["caption_coco_ft", "caption_coco_opt2.7b_eval", pytest.param("caption_coco_opt6.7b_eval", marks=pytest.mark.slow)],
+)
 def test_captioning_files_of_the_wheel(name, small, cache, tmp_path, finetuned):
     (path,) = [p for p in RUN_FILES if p.stem == name]
     # LAVIS's caption metrics need Java and a download; predictions do not.

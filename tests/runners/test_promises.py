@@ -198,7 +198,7 @@ def test_gradients_are_clipped_to_the_run_files_norm(write_run, runs, monkeypatc
     assert max(norms) == pytest.approx(largest if limit is None else limit, rel=1e-2)
 
 
-@pytest.mark.parametrize("keep", [1, 3])
+@pytest.mark.parametrize("keep", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_as_many_checkpoints_as_the_run_file_says_are_kept(write_run, runs, keep):
     train(write_run(max_epoch=1, valid_splits=[], keep_last=keep, save_every_n_iters=1))
     kept = {path.name for path in runs()[0].glob("checkpoint_last*")}
