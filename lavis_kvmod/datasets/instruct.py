@@ -9,11 +9,13 @@ behind its true history.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from lavis_kvmod.datasets.annotated import AnnotatedDataset, Annotation, Sample, VQAEvalData
-from lavis_kvmod.datasets.builder import Problem, VQABuilder, num_images
+from lavis_kvmod.datasets.bad_samples import BadDataError
+from lavis_kvmod.datasets.builder import Problem, Splits, VQABuilder, num_images
 from lavis_kvmod.datasets.cells import first, is_nothing, read_id, read_name, read_names, short
 from lavis_kvmod.datasets.custom import CustomBuilder
 from lavis_kvmod.datasets.settings import CustomInstructSettings
@@ -81,6 +83,28 @@ class CustomInstructBuilder(CustomBuilder, VQABuilder):
             if row.get("turns") and row["turns"][-1][1] is None:
                 row["problem"] = f"its last question has no answer: {row['turns'][-1][0]!r}"
         return rows
+
+    def annotations(self) -> Splits:
+        """As of all files.
+
+        Raises:
+            BadDataError: also for a split in which no conversation has an image: then it rather lacks their column.
+        """
+        splits = super().annotations()
+        problems = []
+        for split, rows in splits.items():
+            alone = sum(row["image"] == () for row in rows)
+            if alone and alone == len(rows):
+                names = " or ".join(self._names["image"])
+                problems.append(
+                    f"{split}: none of {alone} conversations has an image: expected names under {names!r}, or in the "
+                    "messages; columns: {image: …} names another column"
+                )
+            elif alone:
+                logging.info("%s: %d of %d conversations have no image: texts alone", split, alone, len(rows))
+        if problems:
+            raise BadDataError(problems)
+        return splits
 
     def row_problem(self, row: Annotation, needs_target: bool) -> Optional[Problem]:
         """None more: what is wrong with a conversation shows when it is read."""

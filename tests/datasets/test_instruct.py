@@ -149,6 +149,14 @@ def test_a_conversation_without_images_is_text_alone(instruct):
     )
 
 
+def test_a_split_without_any_image_rather_lacks_their_column(instruct):
+    """A misspelt column would else have everything learnt blind."""
+    rows = [{"img": "camera", "conversations": llava("Who is it?", "a man")} for _ in range(3)]
+    (problem,) = CustomInstructBuilder.config_problems(instruct(rows))
+    assert problem.startswith("train: none of 3 conversations has an image: expected names under 'image'")
+    assert CustomInstructBuilder.config_problems(instruct(rows, columns={"image": "img"})) == []
+
+
 def small_run(run_file, tmp_path, rows, **options):
     path = tmp_path / "chat.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
