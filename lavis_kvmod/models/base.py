@@ -20,7 +20,7 @@ from lavis_kvmod.models.empty import empty_weights
 from lavis_kvmod.models.optimizer_groups import optimizer_groups
 from lavis_kvmod.models.parts import PartSummary, summarise, train_only
 from lavis_kvmod.models.settings import PREFIX_GATES, ImageSideSettings
-from lavis_kvmod.models.several_images import ImagePlaces, Seen, by_number, one_by_one
+from lavis_kvmod.models.several_images import ImagePlaces, Seen, by_number, images_each, one_by_one
 from lavis_kvmod.models.vision.auxiliary import Auxiliary
 from lavis_kvmod.models.vision.feature_cache import DEFAULT_GIB, FrozenFeatureCache, FrozenFeatures
 from lavis_kvmod.models.vision.feature_files import FeatureFiles, fingerprint
@@ -214,8 +214,8 @@ class KVModBase(Blip2Base):
         if self.merge_visual_tokens is not None:
             merged, _ = merge_tokens(features.visual_tokens, self.merge_visual_tokens)
             features = features._replace(visual_tokens=merged)
-        each = samples["image"].shape[1] if samples["image"].ndim == 5 else 1
-        return controlled(self.prefix_control, features, self.swap_prefix, each)
+        each = images_each(samples["image"])
+        return controlled(self.prefix_control, features, swap=self.swap_prefix, each=each)
 
     def seen(self, samples: Mapping[str, Any]) -> Seen:
         """`frozen_features`, those of a sample's images side by side: see `lavis_kvmod.models.several_images`.
@@ -302,8 +302,7 @@ class KVModBase(Blip2Base):
         total = 0.0
         for rows, part in by_number(samples):
             maps = torch.stack(self.encode(part, output_attentions=True).query_output.cross_attentions).float().abs()
-            images = part["image"].shape[1] if part["image"].ndim == 5 else 1
-            of_prefix = maps[..., : images * self.kv_prefix.num_positions].sum(-1)
+            of_prefix = maps[..., : images_each(part["image"]) * self.kv_prefix.num_positions].sum(-1)
             total += (of_prefix / maps.sum(-1)).mean().item() * len(rows)
         return total / len(samples["image"])
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lavis_kvmod.models.connectors.kv_prefix import PrefixGenerator
 from lavis_kvmod.models.vision.feature_cache import FrozenFeatures
 
-__all__ = ["ImagePlaces", "Seen", "by_number", "each_by_itself", "in_order", "in_windows", "one_by_one"]
+__all__ = ["ImagePlaces", "Seen", "by_number", "each_by_itself", "images_each", "in_order", "in_windows", "one_by_one"]
 
 
 class Seen(NamedTuple):
@@ -79,6 +79,11 @@ def _of_images(samples: Mapping[str, Any], name: str, shape: Tuple[int, ...]) ->
     if value is not None and tuple(value.shape) != shape:
         raise ValueError(f"{name}: expected (b, k) = {shape}, as image has it, got {tuple(value.shape)}")
     return None if value is None else value.cpu()
+
+
+def images_each(image: Tensor) -> int:
+    """How many images a sample of (b, 3, H, W), or of (b, k, 3, H, W), has."""
+    return image.shape[1] if image.ndim == 5 else 1
 
 
 def in_order(parts: Sequence[Tensor], rows: Sequence[List[int]]) -> Tensor:
@@ -170,7 +175,7 @@ class ImagePlaces(nn.Module):
             ValueError: for a place that there is not.
         """
         places, image = samples.get("image_place"), samples["image"]
-        k = image.shape[1] if image.ndim == 5 else 1
+        k = images_each(image)
         highest = k - 1 if places is None else int(places.max())
         if highest >= len(self.visual):
             raise ValueError(
