@@ -1,6 +1,5 @@
 """What a trained arm costs: a step's time and memory, an answer's time, and the room it takes before the text."""
 
-import statistics
 import time
 from typing import Any, Callable, Dict, List, Optional
 
@@ -13,7 +12,6 @@ from lavis_kvmod.runners.epochs import on_device
 
 __all__ = ["costs"]
 
-_REPEATS = 3
 _ADAMW_STATES = 2
 
 
@@ -21,20 +19,20 @@ def costs(runner: Any, split: str) -> Dict[str, Optional[float]]:
     """Measured on a run that has ended, with its first training batch and the split's first batch.
 
     Returns:
-        ``soft_prompt``: vectors before the text. ``step_seconds``: forward and backward pass of a batch, the median of
-        a few. ``answer_seconds``: of one answer in a batch. ``peak_memory_gib`` of such a step: on a GPU what was
-        allocated, on a CPU weights, gradients, AdamW's numbers and what operators allocate. What encoders do is in it
-        where their features are not remembered.
+        ``soft_prompt``: vectors before the text. ``step_seconds``: forward and backward pass of a batch, once: a study
+        takes the median over its seeds. ``answer_seconds``: of one answer in a batch. ``peak_memory_gib`` of such a
+        step: on a GPU what was allocated, on a CPU weights, gradients, AdamW's numbers and what operators allocate.
+        What encoders do is in it where their features are not remembered.
     """
     model = runner.unwrap_dist_model(runner.model)
     step = _step(runner)
     peak = _peak(model, step, runner.device)  # also the first of all steps, which is not timed
-    times = [_seconds(step, runner.device) for _ in range(_REPEATS)]
+    step_seconds = _seconds(step, runner.device)
     model.zero_grad(set_to_none=True)
     model.eval()
     return {
         "soft_prompt": getattr(model, "num_soft_prompt", None),
-        "step_seconds": round(statistics.median(times), 4),
+        "step_seconds": round(step_seconds, 4),
         "answer_seconds": _answer_seconds(runner, split),
         "peak_memory_gib": round(peak / 2**30, 3),
     }
@@ -82,7 +80,7 @@ def _answer_seconds(runner: Any, split: str) -> Optional[float]:
         with torch.no_grad(), runner.autocast():
             answers[:] = runner.task.valid_step(model=model, samples=samples)
 
-    answer()
+    # Not for the first time: this split has just been answered.
     return round(_seconds(answer, runner.device) / max(len(answers), 1), 6)
 
 
