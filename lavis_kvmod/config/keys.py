@@ -10,6 +10,7 @@ from lavis_kvmod.datasets.settings import (
     CustomVQASettings,
     DataSettings,
     DigitsSettings,
+    EasyVQASettings,
     FileSettings,
     ImagesSettings,
     InstructColumns,
@@ -82,6 +83,7 @@ TABLES: Dict[str, Table] = {
     "shards": Table("datasets", ShardSettings),
     "digits": Table("datasets", DigitsSettings),
     "digits_pages": Table("datasets", PageSettings),
+    "easy_vqa": Table("datasets", EasyVQASettings),
 }
 
 

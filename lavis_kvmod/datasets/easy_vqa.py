@@ -13,6 +13,7 @@ from lavis_kvmod.datasets.annotated import Annotation
 from lavis_kvmod.datasets.bad_samples import BadDataError
 from lavis_kvmod.datasets.builder import Splits, VQABuilder
 from lavis_kvmod.datasets.image_folders import ImageFolders
+from lavis_kvmod.datasets.settings import EasyVQASettings
 from lavis_kvmod.datasets.splits import DEFAULT_SEED, split_by_image
 
 __all__ = ["EasyVQABuilder"]
@@ -26,12 +27,13 @@ SHAPES = ("circle", "rectangle", "triangle")
 class EasyVQABuilder(VQABuilder):
     """``easy_vqa``: drawings of a coloured shape: what colour, what shape, is there such a one.
 
-    The splits are ``train`` (3,600 drawings), ``val`` (400 taken from train, by seed) and ``test`` (1,000).
-    ``question_type`` is ``colour``, ``shape``, ``has colour`` or ``has shape``; ``answer_type`` is ``yes/no`` or
-    ``other``.
+    The splits are ``train`` (3,600 drawings, or the first ``train_drawings`` of them), ``val`` (400 taken from train,
+    by seed) and ``test`` (1,000). ``question_type`` is ``colour``, ``shape``, ``has colour`` or ``has shape``;
+    ``answer_type`` is ``yes/no`` or ``other``.
     """
 
     DATASET_CONFIG_DICT = {"default": "configs/datasets/easy_vqa/defaults.yaml"}
+    settings_class = EasyVQASettings
 
     @classmethod
     def splits_given(cls, section: DictConfig) -> List[str]:
@@ -55,8 +57,11 @@ class EasyVQABuilder(VQABuilder):
         return None
 
     def divide(self, splits: Splits) -> Splits:
-        """Takes ``val`` from ``train``, whole drawings at a time."""
-        return {**splits, **split_by_image(splits["train"], {"val": VAL_SHARE}, DEFAULT_SEED)}
+        """Takes ``val`` from ``train``, whole drawings at a time, and leaves as many to train on as are wanted."""
+        divided = split_by_image(splits["train"], {"val": VAL_SHARE}, DEFAULT_SEED)
+        drawings = list(dict.fromkeys(row["image"] for row in divided["train"]))
+        kept = set(drawings[: self.settings.train_drawings])
+        return {**splits, **divided, "train": [row for row in divided["train"] if row["image"] in kept]}
 
     def answer_list(self, splits: Splits) -> Optional[List[str]]:
         """The 13 answers there are."""

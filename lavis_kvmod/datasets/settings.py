@@ -16,6 +16,7 @@ __all__ = [
     "CustomVQASettings",
     "DataSettings",
     "DigitsSettings",
+    "EasyVQASettings",
     "FileSettings",
     "ImagesSettings",
     "OfficialSettings",
@@ -125,6 +126,17 @@ class SampleSettings(DataSettings):
     )
     max_bad_share: float = key(
         0.05, "the share of bad samples above which `skip` stops too", ge=0, le=1, expected="a number from 0 to 1"
+    )
+
+
+EASY_VQA_DRAWINGS = 3600  # to train on, without those of val
+
+
+class EasyVQASettings(SampleSettings):
+    """What ``easy_vqa`` reads beside that."""
+
+    train_drawings: int = key(
+        EASY_VQA_DRAWINGS, "drawings that are trained on: few are few labels", ge=1, le=EASY_VQA_DRAWINGS
     )
 
 

@@ -13,6 +13,7 @@ from lavis_kvmod.config.keys import TABLES
 from lavis_kvmod.datasets.custom import CustomCaptionBuilder, CustomVQABuilder
 from lavis_kvmod.datasets.digits import DigitsCaptionBuilder
 from lavis_kvmod.datasets.digits_pages import DigitsPagesBuilder
+from lavis_kvmod.datasets.easy_vqa import EasyVQABuilder
 from lavis_kvmod.datasets.instruct import CustomInstructBuilder
 from lavis_kvmod.datasets.shards.builders import WdsVQABuilder
 from lavis_kvmod.datasets.vqav2 import VQAv2Builder
@@ -52,6 +53,7 @@ SECTIONS = (
     "vqav2",
     "wds_vqa",
     "digits_pages",
+    "easy_vqa",
     "build_info",
     "vis_processor",
     "text_processor",
@@ -167,6 +169,7 @@ def test_every_key_of_a_data_set_is_read_by_its_builder(read, write_run, benchma
         (WdsVQABuilder, OmegaConf.merge(sections_of(WdsVQABuilder), shards)),
         (DigitsPagesBuilder, sections_of(DigitsPagesBuilder)),
         (DigitsCaptionBuilder, sections_of(DigitsCaptionBuilder)),
+        (EasyVQABuilder, sections_of(EasyVQABuilder)),
     ):
         assert "train" in builder(section).build_datasets()
     tables = [table.declared for table in TABLES.values() if table.section == "datasets"]

@@ -50,6 +50,19 @@ def test_a_question_has_its_drawing_its_answer_and_its_type(datasets):
     assert "is no teal shape present?" in asked and not any("circle" in question for question in asked)
 
 
+def test_few_drawings_are_the_first_ones_with_all_their_questions(datasets, section_of):
+    section = section_of(EasyVQABuilder)
+    section.train_drawings = 25
+    assert EasyVQABuilder.config_problems(section) == []
+    few = EasyVQABuilder(section).build_datasets()
+    own = {split: [row["question_id"] for row in dataset.annotation] for split, dataset in few.items()}
+    assert own["train"] == [row["question_id"] for row in datasets["train"].annotation][: len(own["train"])]
+    assert len({row["image"] for row in few["train"].annotation}) == 25
+    assert own["val"] == [row["question_id"] for row in datasets["val"].annotation]
+    section.train_drawings = 0
+    assert "train_drawings" in EasyVQABuilder.config_problems(section)[0]
+
+
 def test_without_the_package_it_says_what_to_install(monkeypatch, section_of):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     (problem,) = EasyVQABuilder.config_problems(section_of(EasyVQABuilder))
