@@ -15,13 +15,12 @@ from lavis_kvmod.datasets.builder import Splits, VQABuilder
 from lavis_kvmod.datasets.image_folders import ImageFolders
 from lavis_kvmod.datasets.settings import EasyVQASettings
 from lavis_kvmod.datasets.splits import DEFAULT_SEED, split_by_image
+from lavis_kvmod.demo.easy_language import SHAPES
 
 __all__ = ["EasyVQABuilder"]
 
 # Of the drawings to train on: the package has none to validate on.
 VAL_SHARE = 0.1
-
-SHAPES = ("circle", "rectangle", "triangle")
 
 
 class EasyVQABuilder(VQABuilder):

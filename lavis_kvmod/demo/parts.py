@@ -24,8 +24,10 @@ from safetensors.torch import save_file
 from transformers import OPTConfig
 
 from lavis_kvmod.demo.colour_vision import ColourVisionRecipe, train_colour_vision_encoder
+from lavis_kvmod.demo.described_language import DescribedLanguageRecipe
+from lavis_kvmod.demo.easy_language import train_easy_language_model
 from lavis_kvmod.demo.language import LanguageRecipe, opt_config, train_language_model
-from lavis_kvmod.demo.pages_language import PagesLanguageRecipe, train_pages_language_model
+from lavis_kvmod.demo.pages_language import train_pages_language_model
 from lavis_kvmod.demo.vision import VisionRecipe, train_vision_encoder
 from lavis_kvmod.demo.words import save_vocabulary, vocabulary
 from lavis_kvmod.system.paths import cache_dir
@@ -33,7 +35,10 @@ from lavis_kvmod.system.randomness import own_randomness
 
 __all__ = [
     "DEMO",
+    "EASY",
+    "LANGUAGE_MODELS",
     "PAGES",
+    "EasyRecipe",
     "PagesRecipe",
     "Recipe",
     "build_parts",
@@ -41,7 +46,6 @@ __all__ = [
     "colour_vision_weights",
     "language_model",
     "language_model_config",
-    "pages_language_model",
     "parts_dir",
     "vision_weights",
     "words",
@@ -67,10 +71,26 @@ DEMO = Recipe()
 class PagesRecipe:
     """What the language model for pages of digits depends on; it has a folder of its own."""
 
-    language: PagesLanguageRecipe = field(default_factory=PagesLanguageRecipe)
+    language: DescribedLanguageRecipe = field(default_factory=DescribedLanguageRecipe)
 
 
 PAGES = PagesRecipe()
+
+
+@dataclass(frozen=True)
+class EasyRecipe:
+    """What the language model for easy-VQA depends on; it has a folder of its own."""
+
+    language: DescribedLanguageRecipe = field(default_factory=lambda: DescribedLanguageRecipe(steps=800))
+    about: str = "easy-VQA"
+
+
+EASY = EasyRecipe()
+
+LanguageRecipes = Union[Recipe, PagesRecipe, EasyRecipe]
+
+# By the names that `model.opt_model` has for them.
+LANGUAGE_MODELS: Dict[str, LanguageRecipes] = {"demo": DEMO, "demo-pages": PAGES, "demo-easy": EASY}
 
 
 @dataclass(frozen=True)
@@ -80,7 +100,7 @@ class ColourRecipe:
     vision: ColourVisionRecipe = field(default_factory=ColourVisionRecipe)
 
 
-AnyRecipe = Union[Recipe, PagesRecipe, ColourRecipe]
+AnyRecipe = Union[LanguageRecipes, ColourRecipe]
 
 
 def build_parts(recipe: Recipe = DEMO, language_first: bool = False) -> Path:
@@ -124,22 +144,20 @@ def _vision_file(
     return _part("vision", recipe, recipe.vision.seed, build) / _VISION_FILE
 
 
-def language_model(recipe: Recipe = DEMO) -> Path:
+def language_model(recipe: LanguageRecipes = DEMO) -> Path:
     """The Hugging Face folder of model and tokenizer, built on first use. Raises as `build_parts`."""
 
     def build(folder: Path) -> Dict[str, float]:
-        return {"accuracy": train_language_model(recipe.language, folder)}
+        return {"accuracy": _TRAINED_BY[type(recipe)](recipe.language, folder)}
 
     return _part("language", recipe, recipe.language.seed, build)
 
 
-def pages_language_model(recipe: PagesRecipe = PAGES) -> Path:
-    """As `language_model`, for `lavis_kvmod.demo.pages`."""
-
-    def build(folder: Path) -> Dict[str, float]:
-        return {"accuracy": train_pages_language_model(recipe.language, folder)}
-
-    return _part("language", recipe, recipe.language.seed, build)
+_TRAINED_BY: Dict[type, Callable[[Any, Path], float]] = {
+    Recipe: train_language_model,
+    PagesRecipe: train_pages_language_model,
+    EasyRecipe: train_easy_language_model,
+}
 
 
 def words(recipe: Recipe = DEMO) -> Path:
@@ -158,7 +176,7 @@ def built(name: str, recipe: AnyRecipe = DEMO) -> Optional[Path]:
     return folder if _damage(folder) is None else None
 
 
-def language_model_config(recipe: Union[Recipe, PagesRecipe] = DEMO) -> OPTConfig:
+def language_model_config(recipe: LanguageRecipes = DEMO) -> OPTConfig:
     """The language model's geometry, built or not; its vocabulary is known once it is built, and at most this large."""
     folder = built("language", recipe)
     if folder is not None:

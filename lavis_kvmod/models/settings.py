@@ -57,7 +57,8 @@ class Blip2OPTSettings(Settings):
     """What ``blip2_opt`` reads beside them."""
 
     opt_model: str = key(
-        "facebook/opt-2.7b", "Hugging Face name, or a local folder; `demo`, `demo-pages`: built on this machine"
+        "facebook/opt-2.7b",
+        "Hugging Face name, or a local folder; `demo`, `demo-pages`, `demo-easy`: built on this machine",
     )
     prompt: str = key("", "in front of captions; with `{}`, the frame of a question")
     max_txt_len: int = key(32, "most tokens of a caption, or of a prompt with its question", gt=0)

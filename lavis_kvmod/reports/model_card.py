@@ -198,8 +198,8 @@ def _shows_not(run: Run, licence: str) -> List[str]:
     ]
     if model.get("kv_modulation", True):
         said.append("Whether the second encoder helps: that takes the same run without it (`lavis-kvmod ablate`).")
-    if model.get("opt_model") in ("demo", "demo-pages"):
-        said.append("Language: its language model has read about digits and colours, and nothing else.")
+    if str(model.get("opt_model")).split("-")[0] == "demo":
+        said.append("Language: its language model has read about colours and digits or shapes, and nothing else.")
     if not any(_metrics(run, split) for split in _splits(run)):
         said.append("Any result: the run had no evaluation.")
     if licence == "unknown":

@@ -1,5 +1,6 @@
 """The frozen language model: LAVIS's OPT, from a Hugging Face name or folder, or the demo's own."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Sequence, Tuple
 
@@ -131,20 +132,14 @@ class FrozenOPT(OPTForCausalLM):
         return super().train(False)
 
 
-def _demo_language_model() -> Path:
-    from lavis_kvmod.demo import parts
-
-    return parts.language_model()
-
-
-def _demo_pages_language_model() -> Path:
-    from lavis_kvmod.demo import parts
-
-    return parts.pages_language_model()
-
-
 # Trained on this machine on first use.
-_BUILT_HERE = {"demo": _demo_language_model, "demo-pages": _demo_pages_language_model}
+_BUILT_HERE = ("demo", "demo-pages", "demo-easy")
+
+
+def _built_here(name: str) -> Path:
+    from lavis_kvmod.demo import parts
+
+    return parts.language_model(parts.LANGUAGE_MODELS[name])
 
 
 def language_model_weights(name: str) -> WeightFile:
@@ -154,7 +149,7 @@ def language_model_weights(name: str) -> WeightFile:
         name,
         "model.opt_model",
         is_hf_folder=True,
-        build=_BUILT_HERE.get(name),
+        build=partial(_built_here, name) if name in _BUILT_HERE else None,
     )
 
 
@@ -178,7 +173,7 @@ def opt_config(name: str, folder: Optional[Path]) -> OPTConfig:
     if name in _BUILT_HERE:
         from lavis_kvmod.demo import parts
 
-        return parts.language_model_config(parts.DEMO if name == "demo" else parts.PAGES)
+        return parts.language_model_config(parts.LANGUAGE_MODELS[name])
     if name not in _OPT_GEOMETRY:
         raise MissingWeightsError(
             f"language model: {name} is not on this machine, and its size is only known for {', '.join(_OPT_GEOMETRY)}"
