@@ -74,7 +74,9 @@ def pack(
     row = num_soft + max(filled)
     # By NumPy: thousands of small steps, which PyTorch takes ten times as long for.
     token = np.zeros((num_images, row), dtype=np.int64)
-    position = np.tile(np.arange(row), (num_images, 1))
+    # Behind the last text any position will do that the language model has, however long the row.
+    position = np.zeros((num_images, row), dtype=np.int64)
+    position[:, :num_soft] = np.arange(num_soft)
     text = np.full((num_images, row), -1)  # which text a position belongs to: 0 the soft prompt's, -1 to none
     text[:, :num_soft] = 0
     predicted_at = np.tile(np.arange(columns) - 1, (len(lengths), 1))
