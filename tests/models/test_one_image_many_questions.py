@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lavis_kvmod.models import soft_prompts
-from lavis_kvmod.models.language.packing import packing_pays
+from lavis_kvmod.models.language.packing import pack, packing_pays
 
 INDEX = [0, 1, 0, 1, 0]
 
@@ -109,3 +109,8 @@ def test_texts_are_packed_where_the_language_model_has_less_to_do():
     assert not pays(1, 100, 15, num_soft=1, width=128)  # attention over one long row costs more than it saves
     one_of_many = [0] * 20 + list(range(1, 17))  # all rows would be as long as one
     assert not packing_pays(one_of_many, [15] * 36, 32, 2560)
+
+
+def test_a_row_may_be_longer_than_the_language_models_positions():
+    packing = pack([0] * 30 + [1], [10] * 31, num_images=2, num_soft=4, columns=10, device=torch.device("cpu"))
+    assert packing.position.shape == (2, 304) and packing.position.max() == 4 + 10 - 1
