@@ -148,16 +148,17 @@ def language_model(recipe: LanguageRecipes = DEMO) -> Path:
     """The Hugging Face folder of model and tokenizer, built on first use. Raises as `build_parts`."""
 
     def build(folder: Path) -> Dict[str, float]:
-        return {"accuracy": _TRAINED_BY[type(recipe)](recipe.language, folder)}
+        return {"accuracy": _train_language_model(recipe, folder)}
 
     return _part("language", recipe, recipe.language.seed, build)
 
 
-_TRAINED_BY: Dict[type, Callable[[Any, Path], float]] = {
-    Recipe: train_language_model,
-    PagesRecipe: train_pages_language_model,
-    EasyRecipe: train_easy_language_model,
-}
+def _train_language_model(recipe: LanguageRecipes, folder: Path) -> float:
+    if isinstance(recipe, PagesRecipe):
+        return train_pages_language_model(recipe.language, folder)
+    if isinstance(recipe, EasyRecipe):
+        return train_easy_language_model(recipe.language, folder)
+    return train_language_model(recipe.language, folder)
 
 
 def words(recipe: Recipe = DEMO) -> Path:
