@@ -196,7 +196,7 @@ def test_which_of_the_two_is_red_and_which_is_on_the_left(trained_on):
 
 @pytest.mark.slow
 def test_what_comes_after_the_seven(trained_on):
-    """Who sees all three and not their order is right half the time, of either question. Seen after 5 epochs: 0.72 and
-    0.58."""
+    """Who sees all three and not their order is right half the time, of either question. Seen: 0.93 and 0.75; after 5
+    epochs 0.72 and 0.58."""
     right = trained_on(sequences_with_a_seven, ["first", "second", "third"], epochs=8)
-    assert right["What comes after the seven?"] > 0.65 and right["Which digit comes first?"] > 0.6
+    assert right["What comes after the seven?"] > 0.75 and right["Which digit comes first?"] > 0.6
