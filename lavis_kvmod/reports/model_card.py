@@ -13,6 +13,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lavis_kvmod._version import __version__
+from lavis_kvmod.demo.parts import LANGUAGE_MODELS
 from lavis_kvmod.models.settings import ARCH, settings_of
 from lavis_kvmod.reports.markdown import escape, table
 from lavis_kvmod.reports.run_files import Run
@@ -198,7 +199,7 @@ def _shows_not(run: Run, licence: str) -> List[str]:
     ]
     if model.get("kv_modulation", True):
         said.append("Whether the second encoder helps: that takes the same run without it (`lavis-kvmod ablate`).")
-    if str(model.get("opt_model")).split("-")[0] == "demo":
+    if model.get("opt_model") in LANGUAGE_MODELS:
         said.append("Language: its language model has read about colours and digits or shapes, and nothing else.")
     if not any(_metrics(run, split) for split in _splits(run)):
         said.append("Any result: the run had no evaluation.")
