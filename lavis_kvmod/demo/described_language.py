@@ -51,7 +51,8 @@ class DescribedLanguageRecipe(LanguageRecipe):
     """As the demo's, and what stands before the BOS."""
 
     steps: int = 500
-    phrases: int = 8  # vectors of a description
+    phrases: int = 8  # vectors of a description, at least
+    longest: int = 8  # and at most; those of a batch have equally many
     noise: float = 0.1  # on them, as a share of their spread: what a Q-Former writes is not exact
     texts: int = 600  # things whose texts the tokenizer is trained on
 
@@ -71,15 +72,14 @@ def train_described_language_model(recipe: DescribedLanguageRecipe, folder: Path
     words = _Words(tokenizer)
 
     def loss() -> Tensor:
-        passages = [_passage(words, recipe, rng, draw(rng)) for _ in range(recipe.batch_size)]
-        logits, labels = _continued(model, passages, recipe.noise)
+        logits, labels = _continued(model, _batch(words, recipe, rng, draw, recipe.batch_size), recipe.noise)
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
     fit(model, recipe, loss)
     save_model(model, folder)
     rng = np.random.default_rng(1)
     with torch.no_grad():
-        logits, labels = _continued(model, [_passage(words, recipe, rng, draw(rng)) for _ in range(400)], 0.0)
+        logits, labels = _continued(model, _batch(words, recipe, rng, draw, 400), 0.0)
     return ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).float().mean().item()
 
 
@@ -108,13 +108,21 @@ def _prompted(asked: Asked) -> str:
     return PROMPTS[0].replace("{}", _question_text(asked.question))
 
 
-def _passage(
-    words: _Words, recipe: DescribedLanguageRecipe, rng: np.random.Generator, asked_of_it: Sequence[Asked]
-) -> _Passage:
-    """One of the questions, behind the description's phrases in a new order."""
+def _batch(
+    words: _Words, recipe: DescribedLanguageRecipe, rng: np.random.Generator, draw: Draw, size: int
+) -> List[_Passage]:
+    """So many passages, whose descriptions are equally long."""
+    length = recipe.phrases
+    if recipe.longest > length:
+        length = int(rng.integers(length, recipe.longest + 1))
+    return [_passage(words, length, rng, draw(rng)) for _ in range(size)]
+
+
+def _passage(words: _Words, length: int, rng: np.random.Generator, asked_of_it: Sequence[Asked]) -> _Passage:
+    """One of the questions, behind a description of ``length`` phrases in a new order."""
     asked = asked_of_it[int(rng.integers(len(asked_of_it)))]
     said = list(asked.phrases)
-    said += [said[int(rng.integers(len(said)))] for _ in range(recipe.phrases - len(said))]
+    said += [said[int(rng.integers(len(said)))] for _ in range(length - len(said))]
     phrases = [words(f" {said[i]}") for i in rng.permutation(len(said))]
     return _Passage(phrases, [BOS, *words(_prompted(asked))], words(f" {asked.answer}\n"))
 

@@ -79,9 +79,12 @@ PAGES = PagesRecipe()
 
 @dataclass(frozen=True)
 class EasyRecipe:
-    """What the language model for easy-VQA depends on; it has a folder of its own."""
+    """What the language model for easy-VQA depends on; it has a folder of its own.
 
-    language: DescribedLanguageRecipe = field(default_factory=lambda: DescribedLanguageRecipe(steps=800))
+    It reads descriptions of any length, so that connectors that write 8 vectors are not ahead of those that write 18.
+    """
+
+    language: DescribedLanguageRecipe = field(default_factory=lambda: DescribedLanguageRecipe(steps=1200, longest=20))
     about: str = "easy-VQA"
 
 

@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer
 
-from lavis_kvmod.demo import digits, easy_language, parts, vision
+from lavis_kvmod.demo import described_language, digits, easy_language, parts, vision
 from lavis_kvmod.demo.colour_vision import (
     ColourVisionRecipe,
     build_colour_vision_encoder,
     train_colour_vision_encoder,
 )
 from lavis_kvmod.demo.described_language import DescribedLanguageRecipe
-from lavis_kvmod.demo.language import LanguageRecipe, accuracy
+from lavis_kvmod.demo.language import LanguageRecipe, accuracy, save_bpe
 from lavis_kvmod.demo.vision import VisionRecipe
 from lavis_kvmod.models.language.opt import language_model_weights, opt_config
 
@@ -328,6 +328,22 @@ def test_other_data_has_a_language_model_of_its_own(cache, recipe_of):
     tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=False)
     assert OPTForCausalLM.from_pretrained(str(folder)).config.vocab_size == len(tokenizer)
     assert tokenizer("\n", add_special_tokens=False).input_ids == tokenizer(" red\n").input_ids[-1:]
+
+
+def test_descriptions_are_as_long_as_what_connectors_write(tmp_path):
+    """A projection writes a vector for each of 17 visual tokens and one of the second encoder, a Q-Former 8."""
+    asked = [described_language.Asked(["red", "circle"], "What colour is the shape?", "red")]
+    words = described_language._Words(save_bpe([" red circle What colour is the shape? red\n"], LanguageRecipe(), tmp_path))
+
+    def lengths(recipe):
+        rng = np.random.default_rng(0)
+        for _ in range(60):
+            batch = described_language._batch(words, recipe, rng, lambda _: asked, 3)
+            (length,) = {len(passage.phrases) for passage in batch}
+            yield length
+
+    assert set(lengths(parts.EASY.language)) == set(range(8, 21))
+    assert set(lengths(parts.PAGES.language)) == {8}
 
 
 def test_every_name_has_a_recipe_and_a_folder_of_its_own():
