@@ -140,8 +140,7 @@ class Settings(BaseModel):
         Returns:
             The settings, with the default in place of what is wrong; the problems, each ``KEY: expected …, got …``.
         """
-        given = {name: value for name, value in _plain(section).items() if name in cls.model_fields}
-        problems: Dict[str, str] = {}
+        given, problems = _plain(section, cls.model_fields)
         try:
             settings = cls(**given)
         except ValidationError as error:
@@ -185,10 +184,24 @@ def not_known(name: str, known: Collection[str], what: str = "unknown key") -> s
     return f"{name}: {what}" + (f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}")
 
 
-def _plain(section: Any) -> Any:
+def _plain(section: Any, names: Collection[str]) -> Tuple[Dict[str, Any], Dict[str, str]]:
+    """The plain values of these keys, by name, and what is wrong with those whose ``${…}`` leads nowhere."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    return OmegaConf.to_container(OmegaConf.create(section), resolve=True)
+    config: Any = section if OmegaConf.is_config(section) else OmegaConf.create(section)
+    values: Dict[str, Any] = {}
+    problems: Dict[str, str] = {}
+    for name in (name for name in config if name in names):
+        try:
+            value = config[name]
+            values[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except OmegaConfBaseException as error:
+            path = str(error.full_key or name).split(".")
+            place = ".".join(path[path.index(name) :]) if name in path else name
+            why = str(error).splitlines()[0].rpartition("resolving interpolation: ")[2].strip('"')
+            problems[name] = f"{place}: {why}"
+    return values, problems
 
 
 def _problem(name: str, field: FieldInfo, got: Any) -> str:

@@ -244,7 +244,8 @@ def test_a_bad_study_is_told_whole_before_anything_is_trained(study_of, monkeypa
 def test_a_shipped_study_is_whole(name, monkeypatch):
     head = resource(f"studies/{name}").read_text(encoding="utf-8").partition("\nabout:")[0]
     assert f"--study studies/{name}" in head
-    monkeypatch.setenv("STAGE_2", "")  # the checkpoint that chain.yaml starts from
+    for checkpoint in ("STAGE_2", "READER"):  # that chain.yaml and tiles.yaml start from
+        monkeypatch.setenv(checkpoint, "")
     study, configs = load_study(f"studies/{name}", re.search(r"--cfg-path (\S+)", head)[1], load_config)
     assert len(study.arms) == len(configs) > 1 and study.settings.about and study.settings.shows_not
     assert all(arm.about for arm in study.arms) and len(study.settings.seeds) >= 3

@@ -51,6 +51,23 @@ def test_values_are_used_as_they_are_meant():
     assert run.keep_last == 2
 
 
+def test_what_a_value_refers_to_must_be_there(monkeypatch):
+    monkeypatch.delenv("NOT_SET", raising=False)
+    told = problems(
+        "model.pretrained=${oc.env:NOT_SET}",
+        "model.qformer_geometry.hidden_size=${run.nothing}",
+        "run.seed=${oc.env:NOT_SET}",
+    )
+    assert set(told) == {
+        "model.pretrained: Environment variable 'NOT_SET' not found",
+        "model.qformer_geometry.hidden_size: Interpolation key 'run.nothing' not found",
+        "run.seed: Environment variable 'NOT_SET' not found",
+    }
+    monkeypatch.setenv("FOLDER", "elsewhere")
+    cfg = load_config(DEMO, ["run.output_dir=${oc.env:FOLDER}", "run.seed=7", "model.num_prefix_tokens=${run.seed}"])
+    assert (cfg.run_cfg.output_dir, cfg.model_cfg.num_prefix_tokens) == ("elsewhere", 7)
+
+
 def test_a_gpu_of_ones_own_choice_cannot_work(monkeypatch):
     monkeypatch.setattr(checking, "cuda_capability", lambda: (8, 0))
     (told,) = problems("run.device=cuda:1")

@@ -333,7 +333,8 @@ def test_other_data_has_a_language_model_of_its_own(cache, recipe_of):
 def test_descriptions_are_as_long_as_what_connectors_write(tmp_path):
     """A projection writes a vector for each of 17 visual tokens and one of the second encoder, a Q-Former 8."""
     asked = [described_language.Asked(["red", "circle"], "What colour is the shape?", "red")]
-    words = described_language._Words(save_bpe([" red circle What colour is the shape? red\n"], LanguageRecipe(), tmp_path))
+    tokenizer = save_bpe([" red circle What colour is the shape? red\n"], LanguageRecipe(), tmp_path)
+    words = described_language._Words(tokenizer)
 
     def lengths(recipe):
         rng = np.random.default_rng(0)
