@@ -53,11 +53,6 @@ class Registry(Generic[Entry]):
             self._members[name] = members
         return entry
 
-    def unregister(self, name: str) -> None:
-        """Take a part out again."""
-        del self._entries[name]
-        self._members.pop(name, None)
-
     def __getitem__(self, name: str) -> Entry:
         """The part of this name, or the family that it is a member of.
 

@@ -17,14 +17,11 @@ WIDTH = 24
 
 
 @pytest.fixture()
-def added():
+def added(monkeypatch):
     """Whatever a test registers is gone after it."""
-    registries = (AUXILIARY_ENCODERS, VISION_ENCODERS, CONNECTORS)
-    before = [set(registry) for registry in registries]
-    yield
-    for registry, names in zip(registries, before):
-        for name in set(registry) - names:
-            registry.unregister(name)
+    for registry in (AUXILIARY_ENCODERS, VISION_ENCODERS, CONNECTORS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+        monkeypatch.setattr(registry, "_members", dict(registry._members))
 
 
 def small_resnet():

@@ -28,8 +28,6 @@ def test_register_as_a_decorator(fruit):
         return 4
 
     assert fruit["plum"] is plum and plum() == 4
-    fruit.unregister("plum")
-    assert "plum" not in fruit
 
 
 def test_unknown_and_taken_names_list_what_there_is(fruit):
