@@ -38,6 +38,7 @@ def on_device(device, in_process):  # noqa: F811
             torch.set_num_threads(1)
             if device == "cuda" and not torch.cuda.is_available():
                 raise SystemExit(SKIPPED)
+            torch.backends.cudnn.allow_tf32 = False  # convolutions in TF32 are the CPU's to three digits only
             function(torch.device(device))
 
         code, output = in_process(body, folder)
