@@ -112,9 +112,7 @@ def _batch(
     words: _Words, recipe: DescribedLanguageRecipe, rng: np.random.Generator, draw: Draw, size: int
 ) -> List[_Passage]:
     """So many passages, whose descriptions are equally long."""
-    length = recipe.phrases
-    if recipe.longest > length:
-        length = int(rng.integers(length, recipe.longest + 1))
+    length = int(rng.integers(recipe.phrases, recipe.longest + 1))
     return [_passage(words, length, rng, draw(rng)) for _ in range(size)]
 
 

@@ -20,6 +20,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker("gpu")
 
 
+@pytest.fixture(autouse=True)
+def no_tf32(monkeypatch):
+    """Convolutions in TF32, cuDNN's default, are the CPU's to three digits only; every forked process is without."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture()
 def device():
     """The name of the device that is asked for."""
@@ -38,7 +44,6 @@ def on_device(device, in_process):  # noqa: F811
             torch.set_num_threads(1)
             if device == "cuda" and not torch.cuda.is_available():
                 raise SystemExit(SKIPPED)
-            torch.backends.cudnn.allow_tf32 = False  # convolutions in TF32 are the CPU's to three digits only
             function(torch.device(device))
 
         code, output = in_process(body, folder)
